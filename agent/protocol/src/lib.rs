@@ -1,0 +1,3 @@
+//! What the shim and the agent say to each other. Used by both, uses nothing of ours.
+
+pub mod limits;

@@ -1,0 +1,1 @@
+//! The VMM and the file server.
