@@ -1,1 +1,3 @@
 //! The VMM and the file server.
+pub mod limits;
+pub mod virtio;

@@ -1,0 +1,317 @@
+//! A split virtqueue (virtio 1.3 section 2.7) as the devices use it: pop checked chains, push them back, notify once.
+
+use std::sync::Arc;
+
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::chain::{Chain, ChainError};
+use super::{Interrupt, SharedMemory};
+
+/// The ring itself is broken; the device stops serving this queue until it is reset.
+#[derive(Debug, thiserror::Error)]
+pub enum QueueError {
+    /// A ring outside guest memory, or an index that claims more than the ring holds.
+    #[error("queue {index}: broken ring")]
+    Ring {
+        /// Which queue.
+        index: u16,
+        /// What the ring said.
+        #[source]
+        source: virtio_queue::Error,
+    },
+    /// A head that the device still works on was made available again.
+    #[error("queue {index}: descriptor {head} made available while in flight")]
+    HeadInFlight {
+        /// Which queue.
+        index: u16,
+        /// Index of the descriptor.
+        head: u16,
+    },
+}
+
+/// One virtqueue, owned by the device while it is active.
+pub struct VirtQueue {
+    index: u16,
+    queue: Queue,
+    memory: SharedMemory,
+    kick: EventFd,
+    interrupt: Arc<dyn Interrupt>,
+    in_flight: Box<[bool]>,
+}
+
+impl VirtQueue {
+    /// `queue` was set up and validated by the transport (`QueueT::is_valid`); `kick` is signalled by the driver's notifications.
+    pub fn new(
+        index: u16,
+        queue: Queue,
+        memory: SharedMemory,
+        kick: EventFd,
+        interrupt: Arc<dyn Interrupt>,
+    ) -> Self {
+        let in_flight = vec![false; usize::from(queue.size())].into_boxed_slice();
+        Self {
+            index,
+            queue,
+            memory,
+            kick,
+            interrupt,
+            in_flight,
+        }
+    }
+
+    /// Signalled when the driver made buffers available. Read it before popping.
+    pub fn kick(&self) -> &EventFd {
+        &self.kick
+    }
+
+    /// The memory that the chains of this queue point into.
+    pub fn memory(&self) -> &SharedMemory {
+        &self.memory
+    }
+
+    /// The next available chain, checked. A chain that is malformed is given back with length 0 and logged: the
+    /// driver's request fails, the device goes on.
+    pub fn pop(&mut self) -> Result<Option<Chain>, QueueError> {
+        loop {
+            let memory = Arc::clone(&self.memory);
+            let index = self.index;
+            let ring = |source| QueueError::Ring { index, source };
+            let Some(raw) = self.queue.iter(&*memory).map_err(ring)?.next() else {
+                return Ok(None);
+            };
+            let head = raw.head_index();
+            match self.in_flight.get_mut(usize::from(head)) {
+                Some(busy) if !*busy => *busy = true,
+                Some(_) => return Err(QueueError::HeadInFlight { index, head }),
+                None => {
+                    return Err(ring(virtio_queue::Error::InvalidDescriptorIndex));
+                }
+            }
+            match Chain::check(&memory, raw) {
+                Ok(chain) => return Ok(Some(chain)),
+                Err(error) => self.refuse(head, &error)?,
+            }
+        }
+    }
+
+    fn refuse(&mut self, head: u16, error: &ChainError) -> Result<(), QueueError> {
+        tracing::debug!(queue = self.index, head, %error, "refused a descriptor chain");
+        self.finish(head, 0)
+    }
+
+    /// Gives a chain back to the driver, `written` bytes of it filled. The driver hears of it at [`Self::notify`].
+    pub fn push(&mut self, chain: Chain, written: u32) -> Result<(), QueueError> {
+        self.finish(chain.head(), written)
+    }
+
+    fn finish(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
+        let index = self.index;
+        if let Some(busy) = self.in_flight.get_mut(usize::from(head)) {
+            *busy = false;
+        }
+        self.queue
+            .add_used(&*self.memory, head, written)
+            .map_err(|source| QueueError::Ring { index, source })
+    }
+
+    /// Undoes the last [`Self::pop`]: the chain will be popped again. Only right when nothing was popped since.
+    pub fn unpop(&mut self, chain: Chain) {
+        if let Some(busy) = self.in_flight.get_mut(usize::from(chain.head())) {
+            *busy = false;
+        }
+        self.queue
+            .set_next_avail(self.queue.next_avail().wrapping_sub(1));
+    }
+
+    /// Calls the guest if it wants to hear of what was pushed (section 2.7.7). Once a batch.
+    pub fn notify(&mut self) -> Result<(), QueueError> {
+        let index = self.index;
+        if self
+            .queue
+            .needs_notification(&*self.memory)
+            .map_err(|source| QueueError::Ring { index, source })?
+        {
+            self.interrupt.queue_used(index);
+        }
+        Ok(())
+    }
+
+    /// Asks the driver not to kick while the device polls anyway (section 2.7.10).
+    pub fn disable_kicks(&mut self) -> Result<(), QueueError> {
+        let index = self.index;
+        self.queue
+            .disable_notification(&*self.memory)
+            .map_err(|source| QueueError::Ring { index, source })
+    }
+
+    /// Asks for kicks again; `true` if buffers came meanwhile and must be popped first.
+    pub fn enable_kicks(&mut self) -> Result<bool, QueueError> {
+        let index = self.index;
+        self.queue
+            .enable_notification(&*self.memory)
+            .map_err(|source| QueueError::Ring { index, source })
+    }
+
+    /// Where the driver will put the next available chain: what vhost-user's GET_VRING_BASE answers.
+    pub fn next_avail(&self) -> u16 {
+        self.queue.next_avail()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::sync::atomic::Ordering;
+
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::super::testing::*;
+    use super::*;
+
+    fn queue() -> (SharedMemory, DriverQueue, VirtQueue, Arc<CountingInterrupt>) {
+        let memory = memory();
+        let interrupt = CountingInterrupt::new();
+        let (driver, device) = DriverQueue::new(&memory, 0, 0x10000, 16, interrupt.clone());
+        (memory, driver, device, interrupt)
+    }
+
+    #[test]
+    fn a_chain_is_read_written_and_given_back_once() {
+        let (memory, mut driver, mut device, interrupt) = queue();
+        memory
+            .write_slice(b"hello world", GuestAddress(0x20_0000))
+            .unwrap();
+        driver.offer_chain(
+            0,
+            &[
+                (0x20_0000, 5, false),
+                (0x20_0005, 6, false),
+                (0x30_0000, 4, true),
+                (0x30_1000, 4, true),
+            ],
+        );
+        let chain = device.pop().unwrap().unwrap();
+        let mut text = String::new();
+        chain.reader(&memory).read_to_string(&mut text).unwrap();
+        assert_eq!(text, "hello world");
+        chain.writer(&memory).write_all(b"12345678").unwrap();
+        assert!(chain.writer(&memory).write_all(b"123456789").is_err());
+        assert_eq!(chain.readable_iovecs(&memory, 6, 100).len(), 1);
+        assert_eq!(
+            chain
+                .writable_iovecs(&memory, 2, 3)
+                .iter()
+                .map(|v| v.iov_len)
+                .sum::<usize>(),
+            3
+        );
+        device.push(chain, 8).unwrap();
+        device.notify().unwrap();
+        assert_eq!(driver.used(), Some((0, 8)));
+        assert_eq!(driver.used(), None);
+        assert_eq!(interrupt.used.load(Ordering::SeqCst), 1);
+        assert!(device.pop().unwrap().is_none());
+    }
+
+    /// Each case is a chain that must come back with length 0 while the queue goes on.
+    #[test]
+    fn malformed_chains_are_refused_and_the_queue_goes_on() {
+        type Case = fn(&mut DriverQueue, &SharedMemory);
+        let cases: [(&str, Case); 9] = [
+            ("loops", |driver, _| {
+                driver.descriptor(0, 0x20_0000, 1, F_NEXT, 1);
+                driver.descriptor(1, 0x20_0000, 1, F_NEXT, 0);
+            }),
+            ("next index outside the table", |driver, _| {
+                driver.descriptor(0, 0x20_0000, 1, F_NEXT, 16);
+            }),
+            ("past the end of memory", |driver, _| {
+                driver.descriptor(0, MEMORY_SIZE as u64 - 1, 2, 0, 0);
+            }),
+            ("address wraps", |driver, _| {
+                driver.descriptor(0, u64::MAX - 1, 4, F_WRITE, 0)
+            }),
+            ("readable after writable", |driver, _| {
+                driver.descriptor(0, 0x20_0000, 1, F_WRITE | F_NEXT, 1);
+                driver.descriptor(1, 0x20_0000, 1, 0, 0);
+            }),
+            ("nested indirect", |driver, memory| {
+                driver.descriptor(0, 0x20_0000, 16, F_INDIRECT, 0);
+                write_descriptor(memory, 0x20_0000, 0x20_1000, 16, F_INDIRECT, 0);
+            }),
+            ("indirect table of odd length", |driver, _| {
+                driver.descriptor(0, 0x20_0000, 17, F_INDIRECT, 0);
+            }),
+            ("empty indirect table", |driver, _| {
+                driver.descriptor(0, 0x20_0000, 0, F_INDIRECT, 0)
+            }),
+            ("too many buffers", |driver, memory| {
+                driver.descriptor(0, 0x20_0000, 16 * 2000, F_INDIRECT, 0);
+                for index in 0..2000u16 {
+                    let at = 0x20_0000 + u64::from(index) * 16;
+                    let flags = if index == 1999 { 0 } else { F_NEXT };
+                    write_descriptor(memory, at, 0x30_0000, 1, flags, index + 1);
+                }
+            }),
+        ];
+        for (name, case) in cases {
+            let (memory, mut driver, mut device, _) = queue();
+            case(&mut driver, &memory);
+            driver.offer(0);
+            driver.offer_chain(8, &[(0x40_0000, 1, false)]);
+            let chain = device
+                .pop()
+                .unwrap()
+                .unwrap_or_else(|| panic!("{name}: queue stopped"));
+            assert_eq!(chain.head(), 8, "{name}");
+            assert_eq!(driver.used(), Some((0, 0)), "{name}");
+        }
+    }
+
+    #[test]
+    fn an_indirect_chain_is_followed() {
+        let (memory, mut driver, mut device, _) = queue();
+        write_descriptor(&memory, 0x20_0000, 0x30_0000, 10, F_NEXT, 1);
+        write_descriptor(&memory, 0x20_0010, 0x31_0000, 20, F_WRITE, 0);
+        driver.descriptor(3, 0x20_0000, 32, F_INDIRECT, 0);
+        driver.offer(3);
+        let chain = device.pop().unwrap().unwrap();
+        assert_eq!((chain.readable_len(), chain.writable_len()), (10, 20));
+    }
+
+    #[test]
+    fn a_head_in_flight_cannot_be_made_available_again() {
+        let (_, mut driver, mut device, _) = queue();
+        driver.offer_chain(2, &[(0x20_0000, 1, false)]);
+        let _held = device.pop().unwrap().unwrap();
+        driver.offer(2);
+        assert!(matches!(
+            device.pop(),
+            Err(QueueError::HeadInFlight { head: 2, .. })
+        ));
+    }
+
+    #[test]
+    fn an_available_index_that_lies_breaks_the_ring() {
+        let (memory, _, mut device, _) = queue();
+        memory.write_obj(1000u16, GuestAddress(0x18002)).unwrap();
+        assert!(matches!(device.pop(), Err(QueueError::Ring { .. })));
+    }
+
+    #[test]
+    fn a_head_outside_the_table_breaks_the_ring() {
+        let (_, mut driver, mut device, _) = queue();
+        driver.offer(16);
+        assert!(matches!(device.pop(), Err(QueueError::Ring { .. })));
+    }
+
+    #[test]
+    fn an_unpopped_chain_comes_again() {
+        let (_, mut driver, mut device, _) = queue();
+        driver.offer_chain(2, &[(0x20_0000, 1, false)]);
+        let chain = device.pop().unwrap().unwrap();
+        device.unpop(chain);
+        assert_eq!(device.pop().unwrap().unwrap().head(), 2);
+    }
+}
