@@ -1,0 +1,3 @@
+//! One machine: how it is built, and why it ended.
+
+pub mod end;
