@@ -47,3 +47,63 @@ pub const RNG_REQUEST_BYTES: usize = 4 << 10;
 
 /// Random bytes given to the guest in a second.
 pub const RNG_BYTES_PER_SECOND: usize = 1 << 20;
+
+/// Most vsock connections of a guest at once, those that still drain included.
+pub const VSOCK_CONNECTIONS: usize = 4096;
+
+/// Buffer of one vsock connection towards the host: the credit that a guest gets.
+pub const VSOCK_BUFFER: usize = 256 << 10;
+
+/// Largest data of a vsock packet in either direction.
+pub const VSOCK_PACKET: usize = 64 << 10;
+
+/// Most RSTs that wait for the guest; more are not sent.
+pub const VSOCK_PENDING_RESETS: usize = 1024;
+
+/// Longest `CONNECT` line.
+pub const VSOCK_CONNECT_LINE: usize = 32;
+
+/// Most host clients at once that have not sent their `CONNECT` line.
+pub const VSOCK_PENDING_CONNECTS: usize = 256;
+
+/// How long a host client may take for its `CONNECT` line.
+pub const VSOCK_CONNECT_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(5);
+
+/// Largest data of one FUSE message: `max_write` and the largest read.
+pub const FS_MESSAGE_DATA: usize = 1 << 20;
+
+/// Largest FUSE message: the data, and a page for its headers.
+pub const FS_MESSAGE: usize = FS_MESSAGE_DATA + 4096;
+
+/// Longest name in a folder and of an extended attribute (`NAME_MAX`, `XATTR_NAME_MAX`).
+pub const FS_NAME: usize = 255;
+
+/// Longest value or list of extended attributes (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX`).
+pub const FS_XATTR: usize = 64 << 10;
+
+/// Most inodes the file server holds for the guest, each with a descriptor.
+pub const FS_INODES: usize = 512 << 10;
+
+/// Most files and folders the guest has open at once.
+pub const FS_HANDLES: usize = 64 << 10;
+
+/// Descriptors the file server keeps for itself.
+pub const FS_DESCRIPTORS_KEPT: usize = 1024;
+
+/// Most trees of a pod.
+pub const FS_TREES: usize = 1024;
+
+/// Longest id of a tree.
+pub const FS_TREE_ID: usize = 64;
+
+/// Most file systems whose inode numbers are told apart.
+pub const FS_DEVICES: usize = 4096;
+
+/// Most bytes read of a folder at once.
+pub const FS_DIR_BUFFER: usize = 32 << 10;
+
+/// Most bytes of one `copy_file_range`, so that no worker is held for long.
+pub const FS_COPY: usize = 64 << 20;
+
+/// Lines in the log about malformed messages before they are only answered.
+pub const FS_WARNINGS: u32 = 32;

@@ -12,6 +12,7 @@ pub mod chain;
 pub mod queue;
 #[cfg(test)]
 pub mod testing;
+pub mod vsock;
 
 use std::sync::Arc;
 

@@ -1,0 +1,539 @@
+//! The device over plain memory, driven by a fake driver.
+
+use std::collections::HashSet;
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::packet::{
+    HEADER_LEN, Operation, Packet, Ports, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND,
+};
+use super::*;
+use crate::limits;
+use crate::virtio::SharedMemory;
+use crate::virtio::testing::{self, CountingInterrupt, DriverQueue};
+
+const CID: u64 = 3;
+const QUEUE: u16 = 64;
+const RX_BUFFER: u32 = 4096;
+const RX_DATA: u64 = 0x20_0000;
+const TX_DATA: u64 = 0x80_0000;
+const TX_SLOT: u64 = 128 << 10;
+const BUF_ALLOC: u32 = 128 << 10;
+
+/// A guest with a vsock driver and a host with a state folder.
+struct Bench {
+    device: Vsock,
+    memory: SharedMemory,
+    rx: DriverQueue,
+    tx: DriverQueue,
+    tx_next: u16,
+    tx_busy: HashSet<u16>,
+    folder: TempDir,
+    first: Arc<AtomicU32>,
+}
+
+impl Bench {
+    fn new() -> Self {
+        Self::with_rx_buffers(QUEUE)
+    }
+
+    fn with_rx_buffers(count: u16) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let first = Arc::new(AtomicU32::new(0));
+        let counter = first.clone();
+        let on_first = Box::new(move || {
+            counter.fetch_add(1, Ordering::SeqCst);
+        });
+        let mut device = Vsock::new(CID, &folder.path().join("vsock.sock"), on_first).unwrap();
+        let memory = testing::memory();
+        let interrupt = CountingInterrupt::new();
+        let (mut rx, rx_device) = DriverQueue::new(&memory, 0, 0x1_0000, QUEUE, interrupt.clone());
+        let (tx, tx_device) = DriverQueue::new(&memory, 1, 0x2_0000, QUEUE, interrupt.clone());
+        for head in 0..count {
+            rx.offer_chain(head, &[(rx_address(head), RX_BUFFER, true)]);
+        }
+        let queues = vec![Some(rx_device), Some(tx_device), None];
+        device
+            .activate(Activation {
+                memory: memory.clone(),
+                features: 0,
+                queues,
+                interrupt,
+            })
+            .unwrap();
+        let (tx_next, tx_busy) = (0, HashSet::new());
+        Self {
+            device,
+            memory,
+            rx,
+            tx,
+            tx_next,
+            tx_busy,
+            folder,
+            first,
+        }
+    }
+
+    fn listen(&self, port: u32) -> UnixListener {
+        UnixListener::bind(self.folder.path().join(format!("vsock.sock_{port}"))).unwrap()
+    }
+
+    fn dial(&self, port: u32) -> UnixStream {
+        let mut stream = UnixStream::connect(self.folder.path().join("vsock.sock")).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
+        writeln!(stream, "CONNECT {port}").unwrap();
+        stream
+    }
+
+    fn send_raw(&mut self, header: &[u8; HEADER_LEN], data: &[u8]) {
+        while self.tx_busy.contains(&self.tx_next) {
+            let (head, _) = wait(|| self.tx.used());
+            self.tx_busy.remove(&(head / 2));
+        }
+        let slot = self.tx_next;
+        self.tx_next = (slot + 1) % (QUEUE / 2);
+        self.tx_busy.insert(slot);
+        let at = TX_DATA + u64::from(slot) * TX_SLOT;
+        self.memory.write_slice(header, GuestAddress(at)).unwrap();
+        self.memory
+            .write_slice(data, GuestAddress(at + 0x1000))
+            .unwrap();
+        let mut buffers = vec![(at, HEADER_LEN as u32, false)];
+        if !data.is_empty() {
+            buffers.push((at + 0x1000, data.len() as u32, false));
+        }
+        self.tx.offer_chain(slot * 2, &buffers);
+        self.tx.kick();
+    }
+
+    fn send(&mut self, packet: Packet) {
+        self.send_raw(&packet.as_sent_by_guest(CID), &[]);
+    }
+
+    fn send_data(&mut self, ports: Ports, data: &[u8], fwd_cnt: u32) {
+        let len = data.len() as u32;
+        let packet = Packet {
+            len,
+            fwd_cnt,
+            ..guest_packet(ports, Operation::Data)
+        };
+        self.send_raw(&packet.as_sent_by_guest(CID), data);
+    }
+
+    fn try_receive(&mut self) -> Option<(Packet, Vec<u8>)> {
+        let (head, written) = self.rx.used()?;
+        let mut header = [0; HEADER_LEN];
+        self.memory
+            .read_slice(&mut header, GuestAddress(rx_address(head)))
+            .unwrap();
+        let packet = Packet::seen_by_guest(&header, CID);
+        let mut data = vec![0; packet.len as usize];
+        assert_eq!(written as usize, HEADER_LEN + data.len());
+        let at = GuestAddress(rx_address(head) + HEADER_LEN as u64);
+        self.memory.read_slice(&mut data, at).unwrap();
+        self.rx
+            .offer_chain(head, &[(rx_address(head), RX_BUFFER, true)]);
+        self.rx.kick();
+        Some((packet, data))
+    }
+
+    fn receive(&mut self) -> (Packet, Vec<u8>) {
+        wait(|| self.try_receive())
+    }
+
+    fn expect(&mut self, ports: Ports, operation: Operation) -> Packet {
+        let (packet, _) = self.receive();
+        assert_eq!((packet.ports, packet.operation), (ports, operation));
+        packet
+    }
+
+    /// The guest connects to `port` of the host.
+    fn connect(&mut self, listener: &UnixListener, ports: Ports) -> UnixStream {
+        self.send(guest_packet(ports, Operation::Request));
+        self.expect(ports, Operation::Response);
+        let stream = listener.accept().unwrap().0;
+        stream
+            .set_read_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
+        stream
+    }
+
+    /// Nothing comes for a moment.
+    fn expect_silence(&mut self) {
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(self.try_receive().is_none());
+    }
+}
+
+fn rx_address(head: u16) -> u64 {
+    RX_DATA + u64::from(head) * u64::from(RX_BUFFER)
+}
+
+fn guest_packet(ports: Ports, operation: Operation) -> Packet {
+    Packet {
+        buf_alloc: BUF_ALLOC,
+        ..Packet::new(ports, operation)
+    }
+}
+
+fn shutdown(ports: Ports, flags: u32) -> Packet {
+    Packet {
+        flags,
+        ..guest_packet(ports, Operation::Shutdown)
+    }
+}
+
+fn wait<T>(mut look: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "waited in vain");
+        std::thread::sleep(Duration::from_micros(100));
+    }
+}
+
+const PORTS: Ports = Ports {
+    guest: 50_000,
+    host: 1026,
+};
+
+#[test]
+fn the_guest_reaches_a_listener_and_the_first_time_is_told() {
+    let mut bench = Bench::new();
+    let listener = bench.listen(PORTS.host);
+    assert_eq!(bench.first.load(Ordering::SeqCst), 0);
+    let mut host = bench.connect(&listener, PORTS);
+    bench.send_data(PORTS, b"ready", 0);
+    let mut data = [0; 5];
+    host.read_exact(&mut data).unwrap();
+    assert_eq!(&data, b"ready");
+    let other = Ports {
+        guest: 50_001,
+        ..PORTS
+    };
+    let _other = bench.connect(&listener, other);
+    assert_eq!(bench.first.load(Ordering::SeqCst), 1);
+}
+
+#[test]
+fn a_port_without_listener_is_refused() {
+    let mut bench = Bench::new();
+    bench.send(guest_packet(PORTS, Operation::Request));
+    bench.expect(PORTS, Operation::Reset);
+    assert_eq!(bench.first.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn a_host_client_is_answered_once_the_guest_accepted() {
+    let mut bench = Bench::new();
+    let mut client = bench.dial(1024);
+    let (request, _) = bench.receive();
+    assert_eq!(
+        (request.operation, request.ports.guest),
+        (Operation::Request, 1024)
+    );
+    assert_eq!(request.buf_alloc as usize, limits::VSOCK_BUFFER);
+    bench.send(guest_packet(request.ports, Operation::Response));
+    let mut line = vec![0; format!("OK {}\n", request.ports.host).len()];
+    client.read_exact(&mut line).unwrap();
+    assert_eq!(line, format!("OK {}\n", request.ports.host).into_bytes());
+    client.write_all(b"hello").unwrap();
+    let (packet, data) = bench.receive();
+    assert_eq!(
+        (packet.operation, data.as_slice()),
+        (Operation::Data, &b"hello"[..])
+    );
+}
+
+#[test]
+fn a_host_client_is_closed_if_the_guest_refused() {
+    let mut bench = Bench::new();
+    let mut client = bench.dial(1024);
+    let (request, _) = bench.receive();
+    bench.send(guest_packet(request.ports, Operation::Reset));
+    let mut rest = Vec::new();
+    client.read_to_end(&mut rest).unwrap();
+    assert!(rest.is_empty());
+}
+
+#[test]
+fn a_client_that_leaves_before_the_answer_is_forgotten() {
+    let mut bench = Bench::new();
+    drop(bench.dial(1024));
+    let (request, _) = bench.receive();
+    assert_eq!(request.operation, Operation::Request);
+    bench.expect(request.ports, Operation::Reset);
+}
+
+#[test]
+fn more_data_than_credit_resets_the_connection() {
+    let mut bench = Bench::new();
+    let listener = bench.listen(PORTS.host);
+    let _host = bench.connect(&listener, PORTS);
+    let block = vec![7; limits::VSOCK_PACKET];
+    let packet = loop {
+        bench.send_data(PORTS, &block, 0);
+        std::thread::sleep(Duration::from_millis(5));
+        match bench.try_receive() {
+            Some((packet, _)) if packet.operation == Operation::Reset => break packet,
+            _ => {}
+        }
+    };
+    assert_eq!(packet.ports, PORTS);
+}
+
+#[test]
+fn a_packet_that_announces_more_than_it_holds_resets_the_connection() {
+    let mut bench = Bench::new();
+    let listener = bench.listen(PORTS.host);
+    let _host = bench.connect(&listener, PORTS);
+    for len in [6, u32::MAX] {
+        let packet = Packet {
+            len,
+            ..guest_packet(PORTS, Operation::Data)
+        };
+        bench.send_raw(&packet.as_sent_by_guest(CID), b"hello");
+        bench.expect(PORTS, Operation::Reset);
+    }
+}
+
+#[test]
+fn forged_addresses_are_dropped_and_unknown_types_reset() {
+    let mut bench = Bench::new();
+    let _listener = bench.listen(PORTS.host);
+    let request = guest_packet(PORTS, Operation::Request);
+    bench.send_raw(&request.as_sent_by_guest(CID + 1), &[]);
+    let mut elsewhere = request.as_sent_by_guest(CID);
+    elsewhere[8] = 1;
+    bench.send_raw(&elsewhere, &[]);
+    bench.expect_silence();
+    let mut seqpacket = request.as_sent_by_guest(CID);
+    seqpacket[28] = 2;
+    bench.send_raw(&seqpacket, &[]);
+    bench.expect(PORTS, Operation::Reset);
+}
+
+#[test]
+fn packets_for_no_connection_are_reset_but_a_reset_is_not() {
+    let mut bench = Bench::new();
+    bench.send(guest_packet(PORTS, Operation::Reset));
+    bench.send(guest_packet(PORTS, Operation::CreditUpdate));
+    bench.expect(PORTS, Operation::Reset);
+    bench.expect_silence();
+}
+
+#[test]
+fn a_half_close_of_the_guest_reaches_the_host_after_the_data() {
+    let mut bench = Bench::new();
+    let listener = bench.listen(PORTS.host);
+    let mut host = bench.connect(&listener, PORTS);
+    bench.send_data(PORTS, b"last words", 0);
+    bench.send(shutdown(PORTS, SHUTDOWN_SEND));
+    let mut data = Vec::new();
+    host.read_to_end(&mut data).unwrap();
+    assert_eq!(data, b"last words");
+    // The other direction lives.
+    host.write_all(b"answer").unwrap();
+    let (packet, data) = bench.receive();
+    assert_eq!(
+        (packet.operation, data.as_slice()),
+        (Operation::Data, &b"answer"[..])
+    );
+    bench.send(shutdown(PORTS, SHUTDOWN_RECEIVE));
+    bench.expect(PORTS, Operation::Reset);
+}
+
+#[test]
+fn a_half_close_of_the_host_reaches_the_guest_after_the_data() {
+    let mut bench = Bench::new();
+    let listener = bench.listen(PORTS.host);
+    let mut host = bench.connect(&listener, PORTS);
+    host.write_all(b"stdin").unwrap();
+    host.shutdown(std::net::Shutdown::Write).unwrap();
+    let (_, data) = bench.receive();
+    assert_eq!(data, b"stdin");
+    assert_eq!(
+        bench.expect(PORTS, Operation::Shutdown).flags,
+        SHUTDOWN_SEND
+    );
+    bench.send_data(PORTS, b"stdout", 5);
+    bench.send(shutdown(PORTS, SHUTDOWN_BOTH));
+    bench.expect(PORTS, Operation::Reset);
+    let mut data = Vec::new();
+    host.read_to_end(&mut data).unwrap();
+    assert_eq!(data, b"stdout");
+}
+
+#[test]
+fn a_host_that_closes_is_delivered_and_then_shut_down_both_ways() {
+    let mut bench = Bench::new();
+    let listener = bench.listen(PORTS.host);
+    let mut host = bench.connect(&listener, PORTS);
+    host.write_all(b"bye").unwrap();
+    drop(host);
+    let (mut data, mut flags) = (Vec::new(), 0);
+    while flags != SHUTDOWN_BOTH {
+        let (packet, bytes) = bench.receive();
+        assert_eq!(flags & SHUTDOWN_SEND, 0, "data after the end");
+        data.extend(bytes);
+        flags |= packet.flags;
+    }
+    assert_eq!(data, b"bye");
+    // What the guest still sends goes nowhere, without harm.
+    bench.send_data(PORTS, b"too late", 3);
+    bench.send(guest_packet(PORTS, Operation::Reset));
+    bench.expect_silence();
+}
+
+#[test]
+fn a_connection_storm_is_capped() {
+    let mut bench = Bench::new();
+    let listener = bench.listen(PORTS.host);
+    let limit = (limits::VSOCK_CONNECTIONS as u64 + 100).min(descriptors());
+    let mut hosts = Vec::new();
+    let mut refused = 0;
+    for guest in 0..limits::VSOCK_CONNECTIONS as u32 + 100 {
+        let ports = Ports { guest, ..PORTS };
+        bench.send(guest_packet(ports, Operation::Request));
+        let (packet, _) = bench.receive();
+        assert_eq!(packet.ports, ports);
+        match packet.operation {
+            Operation::Response => hosts.push(listener.accept().unwrap().0),
+            _ => refused += 1,
+        }
+        if hosts.len() as u64 * 2 + 64 > limit {
+            // This process has no descriptors for the full storm.
+            return;
+        }
+    }
+    assert_eq!((hosts.len(), refused), (limits::VSOCK_CONNECTIONS, 100));
+}
+
+fn descriptors() -> u64 {
+    let mut limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    limit.current = limit.maximum;
+    let _ = rustix::process::setrlimit(rustix::process::Resource::Nofile, limit);
+    limit.maximum.unwrap_or(u64::MAX)
+}
+
+#[test]
+fn a_stuck_reader_stops_neither_others_nor_loses_bytes() {
+    let mut bench = Bench::new();
+    let listener = bench.listen(PORTS.host);
+    let mut stuck = bench.connect(&listener, PORTS);
+    let other = Ports {
+        guest: 50_001,
+        ..PORTS
+    };
+    let mut lively = bench.connect(&listener, other);
+
+    // Fill the socket and the buffer, as far as credit goes.
+    let block = vec![1; 16 << 10];
+    let (mut sent, mut fwd_cnt) = (0_u32, 0_u32);
+    for _ in 0..1000 {
+        while let Some((packet, _)) = bench.try_receive() {
+            assert_ne!(packet.operation, Operation::Reset);
+            fwd_cnt = packet.fwd_cnt;
+        }
+        if sent - fwd_cnt + block.len() as u32 > limits::VSOCK_BUFFER as u32 {
+            std::thread::sleep(Duration::from_millis(1));
+            continue;
+        }
+        bench.send_data(PORTS, &block, 0);
+        sent += block.len() as u32;
+    }
+    assert!(sent as usize >= limits::VSOCK_BUFFER);
+
+    bench.send_data(other, b"lively", 0);
+    let mut data = [0; 6];
+    lively.read_exact(&mut data).unwrap();
+
+    // The guest closes, and even forgets the connection; the reader still gets everything.
+    bench.send(shutdown(PORTS, SHUTDOWN_BOTH));
+    bench.expect(PORTS, Operation::Reset);
+    let mut data = Vec::new();
+    stuck.read_to_end(&mut data).unwrap();
+    assert_eq!(data.len(), sent as usize);
+}
+
+#[test]
+fn ten_megabytes_come_back_intact() {
+    let mut bench = Bench::with_rx_buffers(16);
+    let listener = bench.listen(PORTS.host);
+    let host = bench.connect(&listener, PORTS);
+    let sent: Vec<u8> = (0..10 << 20_u32)
+        .map(|i: u32| (i.wrapping_mul(2654435761) >> 24) as u8)
+        .collect();
+    let (mut writer, expected) = (host.try_clone().unwrap(), sent.clone());
+    let feeder = std::thread::spawn(move || writer.write_all(&expected).unwrap());
+    let total = sent.len();
+    let reader = std::thread::spawn(move || {
+        let mut back = vec![0; total];
+        (&host).read_exact(&mut back).unwrap();
+        (back, host)
+    });
+
+    let (mut received, mut returned) = (Vec::with_capacity(total), 0);
+    let (mut fwd_cnt, mut told, mut device_fwd_cnt) = (0_u32, 0_u32, 0_u32);
+    while received.len() < total || returned < total {
+        if let Some((packet, data)) = bench.try_receive() {
+            assert_eq!(packet.ports, PORTS);
+            assert_ne!(packet.operation, Operation::Reset);
+            device_fwd_cnt = packet.fwd_cnt;
+            fwd_cnt += data.len() as u32;
+            received.extend(data);
+            assert!(fwd_cnt - told <= BUF_ALLOC, "more than the guest's credit");
+            if fwd_cnt - told > BUF_ALLOC / 2 || packet.operation == Operation::CreditRequest {
+                told = fwd_cnt;
+                let update = guest_packet(PORTS, Operation::CreditUpdate);
+                bench.send(Packet { fwd_cnt, ..update });
+            }
+        }
+        let free = limits::VSOCK_BUFFER as u32 - (returned as u32 - device_fwd_cnt);
+        let len = (received.len() - returned)
+            .min(free as usize)
+            .min(limits::VSOCK_PACKET);
+        if len > 0 {
+            let block = received[returned..returned + len].to_vec();
+            told = fwd_cnt;
+            bench.send_data(PORTS, &block, fwd_cnt);
+            returned += len;
+        }
+    }
+    assert!(received == sent);
+    feeder.join().unwrap();
+    assert!(reader.join().unwrap().0 == sent);
+}
+
+#[test]
+fn a_reset_device_drops_its_connections_and_can_run_again() {
+    let mut bench = Bench::new();
+    let listener = bench.listen(PORTS.host);
+    let mut host = bench.connect(&listener, PORTS);
+    bench.device.reset();
+    assert_eq!(host.read(&mut [0; 1]).unwrap(), 0);
+    assert!(matches!(bench.device.state, State::Idle(_)));
+}
+
+#[test]
+fn the_configuration_space_holds_the_cid() {
+    let bench = Bench::new();
+    let mut whole = [0; 8];
+    bench.device.read_config(0, &mut whole);
+    assert_eq!(u64::from_le_bytes(whole), CID);
+    let mut past = [0xff; 4];
+    past.fill(0);
+    bench.device.read_config(6, &mut past);
+    bench.device.read_config(u64::MAX, &mut past);
+    assert_eq!(past, [0; 4]);
+}
