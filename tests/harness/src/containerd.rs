@@ -1,0 +1,174 @@
+//! A containerd of the suite's own: folders, sockets and configuration apart from the host's.
+
+use std::{
+    fs::File,
+    os::unix::{net::UnixStream, process::CommandExt},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::failure::{Context, Failure, Outcome, make_folder, write};
+
+/// Where a containerd lives and what it starts with.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// State and sockets; short, for a socket's path has at most 107 bytes.
+    pub run: PathBuf,
+    /// Images and snapshots.
+    pub data: PathBuf,
+    /// Folder of the shim, first in `PATH`.
+    pub dist: PathBuf,
+    /// File that `BULKHEAD_CONFIG` names.
+    pub config: PathBuf,
+    /// Shell text that runs before containerd in the same process, in a mount namespace of its own.
+    pub before: Option<String>,
+    /// How long it may take to answer.
+    pub limit: Duration,
+}
+
+/// A running containerd; it ends with this value.
+#[derive(Debug)]
+pub struct Containerd {
+    settings: Settings,
+    child: Child,
+}
+
+impl Containerd {
+    /// Starts containerd and waits until it answers.
+    pub fn start(settings: Settings) -> Outcome<Self> {
+        make_folder(&settings.run)?;
+        make_folder(&settings.data)?;
+        let text = format!(
+            r#"version = 2
+root = "{data}"
+state = "{run}/state"
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs",
+  "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs", "io.containerd.internal.v1.opt",
+  "io.containerd.nri.v1.nri", "io.containerd.tracing.processor.v1.otlp", "io.containerd.internal.v1.tracing"]
+[grpc]
+  address = "{run}/c.sock"
+[ttrpc]
+  address = "{run}/c.sock.ttrpc"
+"#,
+            data = settings.data.display(),
+            run = settings.run.display(),
+        );
+        write(settings.run.join("containerd.toml"), text)?;
+        let child = Self::spawn(&settings)?;
+        let mut containerd = Self { settings, child };
+        containerd.wait_until_ready()?;
+        Ok(containerd)
+    }
+
+    /// The address for `ctr -a`.
+    pub fn address(&self) -> PathBuf {
+        self.settings.run.join("c.sock")
+    }
+
+    /// Its log, to which the shims write as well.
+    pub fn log(&self) -> PathBuf {
+        self.settings.run.join("containerd.log")
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Folder of the bundles of `namespace`.
+    pub fn bundles(&self, namespace: &str) -> PathBuf {
+        self.settings
+            .run
+            .join("state/io.containerd.runtime.v2.task")
+            .join(namespace)
+    }
+
+    /// Ends containerd and starts it again; tasks go on in between.
+    pub fn restart(&mut self) -> Outcome {
+        self.end()?;
+        self.child = Self::spawn(&self.settings)?;
+        self.wait_until_ready()
+    }
+
+    fn spawn(settings: &Settings) -> Outcome<Child> {
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(settings.run.join("containerd.log"))
+            .context("open containerd's log")?;
+        let path = std::env::var("PATH").unwrap_or_default();
+        let mut command = match &settings.before {
+            None => Command::new("containerd"),
+            Some(text) => {
+                let mut command = Command::new("unshare");
+                command.args(["-m", "sh", "-ec", &format!("{text}\nexec \"$@\"")]);
+                command.args(["sh", "containerd"]);
+                command
+            }
+        };
+        command
+            .arg("-c")
+            .arg(settings.run.join("containerd.toml"))
+            .env("PATH", format!("{}:{path}", settings.dist.display()))
+            .env("BULKHEAD_CONFIG", &settings.config)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().context("log")?)
+            .stderr(log)
+            .process_group(0)
+            .spawn()
+            .context("start containerd")
+    }
+
+    fn wait_until_ready(&mut self) -> Outcome {
+        let end = Instant::now() + self.settings.limit;
+        while Instant::now() < end {
+            if let Ok(Some(status)) = self.child.try_wait() {
+                return Err(Failure::Failed(format!("containerd: {status}")));
+            }
+            if UnixStream::connect(self.address()).is_ok() {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Err(Failure::Failed("containerd does not answer".into()))
+    }
+
+    fn end(&mut self) -> Outcome {
+        let pid = i32::try_from(self.child.id())
+            .ok()
+            .and_then(Pid::from_raw)
+            .context("pid")?;
+        let _ = kill_process(pid, Signal::TERM);
+        let end = Instant::now() + self.settings.limit;
+        while matches!(self.child.try_wait(), Ok(None)) {
+            if Instant::now() > end {
+                let _ = self.child.kill();
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        let _ = self.end();
+    }
+}
+
+/// Unmounts everything at or below `folder`, deepest first.
+pub fn unmount_below(folder: &Path) {
+    let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let mut points: Vec<&str> = table
+        .lines()
+        .filter_map(|line| line.split(' ').nth(4))
+        .filter(|point| Path::new(point).starts_with(folder))
+        .collect();
+    points.sort_by_key(|point| std::cmp::Reverse(point.len()));
+    for point in points {
+        let _ = rustix::mount::unmount(point, rustix::mount::UnmountFlags::DETACH);
+    }
+}

@@ -1,0 +1,180 @@
+//! What a pod must not leave on the host. A snapshot is taken before a case and compared after it; ends that
+//! containerd does not wait for get a bounded time.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use crate::process;
+
+/// Where to look. Entries that name none of the suite's folders are ignored where others use the host as well.
+#[derive(Clone, Debug)]
+pub struct Scope {
+    /// Text that only the suite's own paths hold.
+    pub mark: String,
+    /// containerd's namespace, unique to the suite.
+    pub namespace: String,
+    /// Folders in which no new entry may stay, with the depth that is looked at.
+    pub folders: Vec<(PathBuf, u32)>,
+    /// Processes that may not gain a memfd: containerd and the suite.
+    pub holders: Vec<u32>,
+}
+
+/// What is on the host, one line a thing.
+#[derive(Clone, Debug)]
+pub struct Snapshot(BTreeSet<String>);
+
+impl Snapshot {
+    /// Looks at the host.
+    pub fn take(scope: &Scope) -> Self {
+        let mut seen = BTreeSet::new();
+        for process in process::of_pods(&scope.mark) {
+            if process.is_alive() {
+                let fds = process::memfds(process.pid);
+                seen.insert(format!(
+                    "process {} ({}): {}",
+                    process.name, process.pid, process.line
+                ));
+                seen.extend(
+                    fds.iter()
+                        .map(|fd| format!("{fd} in process {}", process.pid)),
+                );
+            }
+        }
+        for pid in &scope.holders {
+            let fds = process::memfds(*pid);
+            seen.extend(fds.iter().map(|fd| format!("{fd} in process {pid}")));
+        }
+        let ours = |line: &&str| {
+            line.contains(&scope.mark)
+                || (line.contains("bulkhead") && !line.contains("bulkhead-e2e"))
+        };
+        for line in text("/proc/self/mountinfo").lines().filter(ours) {
+            // Mount ids are used again; point, type and source say which it is.
+            let rest: Vec<&str> = line.split(' ').skip(3).collect();
+            seen.insert(format!("mount {}", rest.join(" ")));
+        }
+        for line in text("/proc/net/unix").lines() {
+            let Some(path) = line.split_whitespace().nth(7) else {
+                continue;
+            };
+            // Accepted connections of containerd's own sockets come and go.
+            if ours(&path) && !path.contains("/c.sock") {
+                seen.insert(format!("unix socket {path}"));
+            }
+        }
+        for entry in names(Path::new("/sys/block"))
+            .iter()
+            .filter(|n| n.starts_with("loop"))
+        {
+            let backing = text(format!("/sys/block/{entry}/loop/backing_file"));
+            if ours(&backing.as_str()) {
+                seen.insert(format!("loop device {entry}: {}", backing.trim_end()));
+            }
+        }
+        seen.extend(
+            names(Path::new("/sys/class/net"))
+                .iter()
+                .map(|n| format!("network link {n}")),
+        );
+        let netns = names(Path::new("/run/netns"));
+        seen.extend(netns.iter().map(|n| format!("network namespace {n}")));
+        cgroups(Path::new("/sys/fs/cgroup"), &scope.namespace, &mut seen);
+        for name in names(Path::new("/dev/shm")) {
+            if name.contains("bulkhead") || name.contains("qemu") {
+                seen.insert(format!("file /dev/shm/{name}"));
+            }
+        }
+        for (folder, depth) in &scope.folders {
+            files(folder, *depth, &mut seen);
+        }
+        Self(seen)
+    }
+
+    /// What is there now and was not before; looks again until nothing is left or `limit` has passed.
+    pub fn leaks(&self, scope: &Scope, limit: Duration) -> Vec<String> {
+        let end = Instant::now() + limit;
+        loop {
+            let left: Vec<String> = Self::take(scope).0.difference(&self.0).cloned().collect();
+            if left.is_empty() || Instant::now() >= end {
+                return left;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+fn text(path: impl AsRef<Path>) -> String {
+    fs::read(path)
+        .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+        .unwrap_or_default()
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    let mut names: Vec<String> = fs::read_dir(folder)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    names
+}
+
+/// cgroups below those named like the namespace, in every hierarchy. The namespace's own folder stays with every
+/// runtime that uses it.
+fn cgroups(folder: &Path, namespace: &str, seen: &mut BTreeSet<String>) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            continue;
+        }
+        let path = entry.path();
+        let shown = path.to_string_lossy();
+        if shown.contains(&format!("{namespace}/")) || shown.contains("/bulkhead") {
+            seen.insert(format!("cgroup {shown}"));
+        }
+        cgroups(&path, namespace, seen);
+    }
+}
+
+fn files(folder: &Path, depth: u32, seen: &mut BTreeSet<String>) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let path = entry.path();
+        seen.insert(format!("file {}", path.display()));
+        if depth > 1 && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            files(&path, depth - 1, seen);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_appears_is_a_leak_and_one_that_goes_in_time_is_not() {
+        let folder = std::env::temp_dir().join(format!("leaks-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let scope = Scope {
+            mark: folder.display().to_string(),
+            namespace: "none-such".into(),
+            folders: vec![(folder.clone(), 2)],
+            holders: vec![],
+        };
+        let before = Snapshot::take(&scope);
+        let file = folder.join("left");
+        fs::write(&file, "").unwrap();
+        let leaks = before.leaks(&scope, Duration::ZERO);
+        assert_eq!(leaks, [format!("file {}", file.display())]);
+        let remover = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            fs::remove_file(file).unwrap();
+        });
+        assert!(before.leaks(&scope, Duration::from_secs(3)).is_empty());
+        remover.join().unwrap();
+        fs::remove_dir_all(folder).unwrap();
+    }
+}

@@ -1,0 +1,109 @@
+//! The host's processes as `/proc` shows them.
+
+use std::{fs, path::Path};
+
+use rustix::process::{Pid, Signal};
+
+use crate::failure::{Context, Outcome};
+
+/// Executables of a pod.
+const OURS: [&str; 5] = [
+    "containerd-shim",
+    "bulkhead-vmm",
+    "bulkhead-fs",
+    "qemu-system-",
+    "bulkhead",
+];
+
+/// A process of a pod.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Process {
+    /// Its id.
+    pub pid: u32,
+    /// Name of its executable.
+    pub name: String,
+    /// Its arguments, by spaces.
+    pub line: String,
+}
+
+impl Process {
+    /// Sends a signal to it.
+    pub fn signal(&self, signal: Signal) -> Outcome {
+        let pid = i32::try_from(self.pid)
+            .ok()
+            .and_then(Pid::from_raw)
+            .context("pid")?;
+        rustix::process::kill_process(pid, signal)
+            .context(format_args!("signal {} ({})", self.name, self.pid))
+    }
+
+    /// Whether it is there and no zombie.
+    pub fn is_alive(&self) -> bool {
+        fs::read_to_string(format!("/proc/{}/stat", self.pid))
+            .is_ok_and(|stat| !stat.rsplit(')').next().unwrap_or("").starts_with(" Z"))
+    }
+
+    /// KiB of memory in use, without mappings as large as `machine_mib` / 2: the guest's memory is no growth.
+    pub fn memory_kib(&self, machine_mib: u64) -> Outcome<u64> {
+        let smaps = crate::failure::read(format!("/proc/{}/smaps", self.pid))?;
+        let value = |line: &str| -> u64 {
+            let mut words = line.split_whitespace().skip(1);
+            words.next().and_then(|w| w.parse().ok()).unwrap_or(0)
+        };
+        let (mut total, mut size) = (0, 0);
+        for line in smaps.lines() {
+            if line.starts_with("Size:") {
+                size = value(line);
+            } else if line.starts_with("Rss:") && size < machine_mib * 512 {
+                total += value(line);
+            }
+        }
+        Ok(total)
+    }
+}
+
+/// Every process of a pod (shim, VMM, file server, emulator) whose arguments, working folder or environment
+/// mention `mark`, by id.
+pub fn of_pods(mark: &str) -> Vec<Process> {
+    let mut found: Vec<Process> = all()
+        .filter(|p| OURS.iter().any(|name| p.name.starts_with(name)))
+        .filter(|p| mentions(p, mark))
+        .collect();
+    found.sort();
+    found
+}
+
+fn all() -> impl Iterator<Item = Process> {
+    fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| {
+            let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
+            let exe = fs::read_link(entry.path().join("exe")).ok()?;
+            let name = exe.file_name()?.to_string_lossy().into_owned();
+            let line = fs::read(entry.path().join("cmdline")).ok()?;
+            let line = String::from_utf8_lossy(&line).replace('\0', " ");
+            Some(Process { pid, name, line })
+        })
+}
+
+fn mentions(process: &Process, mark: &str) -> bool {
+    let base = Path::new("/proc").join(process.pid.to_string());
+    process.line.contains(mark)
+        || fs::read_link(base.join("cwd")).is_ok_and(|cwd| cwd.to_string_lossy().contains(mark))
+        || fs::read(base.join("environ"))
+            .is_ok_and(|env| String::from_utf8_lossy(&env).contains(mark))
+}
+
+/// Descriptors of the process that name a memfd.
+pub fn memfds(pid: u32) -> Vec<String> {
+    fs::read_dir(format!("/proc/{pid}/fd"))
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| fs::read_link(entry.path()).ok())
+        .map(|target| target.to_string_lossy().into_owned())
+        .filter(|target| target.starts_with("/memfd:"))
+        .collect()
+}

@@ -1,0 +1,120 @@
+//! Runs cases one after another, each between two looks at the host, and tells.
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    time::Instant,
+};
+
+use crate::{
+    failure::{Failure, Outcome},
+    leaks::Snapshot,
+    suite::{Engine, Image, Suite},
+};
+
+/// A case.
+#[derive(Clone, Copy, Debug)]
+pub struct Test {
+    /// Group and claim.
+    pub name: &'static str,
+    /// Images it needs.
+    pub images: &'static [Image],
+    /// Engines it applies to.
+    pub engines: &'static [Engine],
+    /// The case.
+    pub run: fn(&Suite) -> Outcome,
+}
+
+/// Every engine.
+pub const ANY: &[Engine] = &[Engine::Kvm, Engine::Emulated, Engine::Runc];
+/// Engines of the product.
+pub const MACHINES: &[Engine] = &[Engine::Kvm, Engine::Emulated];
+
+/// A case from its function: `test!(module::function, IMAGES, ENGINES)`.
+#[macro_export]
+macro_rules! test {
+    ($function:path, $images:expr, $engines:expr) => {
+        $crate::Test {
+            name: stringify!($function),
+            images: $images,
+            engines: $engines,
+            run: $function,
+        }
+    };
+}
+
+/// How many cases ended how.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Tally {
+    /// The claim held.
+    pub passed: u32,
+    /// It did not.
+    pub failed: u32,
+    /// It does not apply here.
+    pub skipped: u32,
+}
+
+/// Runs the cases and prints each one's end.
+pub fn run(suite: &Suite, tests: &[&Test]) -> Tally {
+    let mut tally = Tally::default();
+    let mut failed = Vec::new();
+    for (index, test) in tests.iter().enumerate() {
+        let start = Instant::now();
+        let log = suite.log_mark();
+        let end = one(suite, test);
+        let word = match &end {
+            Ok(()) => "ok",
+            Err(Failure::Skipped(_)) => "skip",
+            Err(Failure::Failed(_)) => "FAIL",
+        };
+        println!(
+            "{:>3}/{} {word:<4} {:<72} {:>7.2} s",
+            index + 1,
+            tests.len(),
+            test.name,
+            start.elapsed().as_secs_f64()
+        );
+        match end {
+            Ok(()) => tally.passed += 1,
+            Err(Failure::Skipped(lacks)) => {
+                tally.skipped += 1;
+                println!("         {lacks}");
+            }
+            Err(Failure::Failed(text)) => {
+                tally.failed += 1;
+                failed.push(test.name);
+                println!("{text}\n{}", suite.logs(log));
+                suite.clean();
+            }
+        }
+    }
+    for name in failed {
+        println!("failed: {name}");
+    }
+    tally
+}
+
+fn one(suite: &Suite, test: &Test) -> Outcome {
+    if !test.engines.contains(&suite.engine) {
+        return Err(Failure::Skipped(format!(
+            "does not apply to {:?}",
+            suite.engine
+        )));
+    }
+    for image in test.images {
+        suite.import(*image)?;
+    }
+    let scope = suite.scope();
+    let before = Snapshot::take(&scope);
+    let end = catch_unwind(AssertUnwindSafe(|| (test.run)(suite)))
+        .unwrap_or_else(|_| Err(Failure::Failed("the case panicked".into())));
+    // After a failure the state folders stay for the logs; what is left tells nothing more.
+    end?;
+    let leaks = before.leaks(&suite.scope(), suite.settle());
+    if leaks.is_empty() {
+        return Ok(());
+    }
+    Err(Failure::Failed(format!(
+        "the case passed but left:\n  {}",
+        leaks.join("\n  ")
+    )))
+}

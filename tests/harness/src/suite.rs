@@ -1,0 +1,463 @@
+//! What every case gets: a containerd of the suite's own, images, the configuration and names.
+
+use std::{
+    cell::{Cell, OnceCell, RefCell},
+    collections::BTreeSet,
+    ffi::OsStr,
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use rustix::process::Signal;
+
+use crate::{
+    command::{Invocation, tail},
+    containerd::{Containerd, Settings, unmount_below},
+    failure::{Context, Outcome, make_folder, read, skip, write},
+    leaks::Scope,
+    pod::Run,
+    process,
+    scale::Scale,
+};
+
+/// What runs the containers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Engine {
+    /// Our VMM on `/dev/kvm`.
+    Kvm,
+    /// Our VMM with QEMU as a software CPU.
+    Emulated,
+    /// runc: shows that the cases themselves are right.
+    Runc,
+}
+
+/// An image of `tests/images`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Image {
+    /// A static busybox.
+    Busybox,
+    /// A Debian base with python3.
+    Python,
+    /// Busybox under 19 layers that replace and remove.
+    Layers,
+    /// Busybox and 50,000 small files.
+    Files,
+}
+
+impl Image {
+    /// Name of its tar file, and part of its reference.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Busybox => "busybox",
+            Self::Python => "python",
+            Self::Layers => "layers",
+            Self::Files => "files",
+        }
+    }
+
+    /// Its reference.
+    pub fn reference(self) -> String {
+        format!("localhost/bulkhead/{}:latest", self.name())
+    }
+}
+
+/// How a suite is started.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// What runs the containers.
+    pub engine: Engine,
+    /// Folder with the product's programs, kernel and initramfs.
+    pub dist: PathBuf,
+    /// Folder with the images' tar files.
+    pub images: PathBuf,
+    /// Sizes and waits.
+    pub scale: Scale,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Suite {
+    /// What it was started with.
+    pub engine: Engine,
+    /// Sizes and waits.
+    pub scale: Scale,
+    /// Folder with the product's programs, kernel and initramfs.
+    pub dist: PathBuf,
+    images: PathBuf,
+    run: PathBuf,
+    data: PathBuf,
+    namespace: String,
+    containerd: RefCell<Option<Containerd>>,
+    imported: RefCell<BTreeSet<Image>>,
+    counter: Cell<u32>,
+    rootfs: OnceCell<PathBuf>,
+    probe: OnceCell<String>,
+}
+
+impl Suite {
+    /// Starts containerd.
+    pub fn start(options: Options) -> Outcome<Self> {
+        let id = format!("bulkhead-e2e-{}", std::process::id());
+        let suite = Self {
+            engine: options.engine,
+            scale: options.scale,
+            dist: absolute(&options.dist)?,
+            images: absolute(&options.images)?,
+            run: Path::new("/run").join(&id),
+            data: Path::new("/var/tmp").join(&id),
+            namespace: format!("e2e-{}", std::process::id()),
+            containerd: RefCell::new(None),
+            imported: RefCell::default(),
+            counter: Cell::new(0),
+            rootfs: OnceCell::new(),
+            probe: OnceCell::new(),
+        };
+        make_folder(&suite.run)?;
+        make_folder(&suite.data)?;
+        suite.configure("")?;
+        let containerd = Containerd::start(suite.settings("main", None))?;
+        *suite.containerd.borrow_mut() = Some(containerd);
+        suite
+            .ctr(["namespaces", "create", &suite.namespace])
+            .output()?
+            .ok()?;
+        Ok(suite)
+    }
+
+    fn settings(&self, name: &str, before: Option<String>) -> Settings {
+        Settings {
+            run: self.run.join(name),
+            data: self.data.join(name),
+            dist: self.dist.clone(),
+            config: self.config(),
+            before,
+            limit: self.scale.seconds(20),
+        }
+    }
+
+    /// Starts a second containerd; `before` runs in its mount namespace first.
+    pub fn another_containerd(&self, name: &str, before: &str) -> Outcome<Containerd> {
+        Containerd::start(self.settings(name, Some(before.to_owned())))
+    }
+
+    /// The file that `BULKHEAD_CONFIG` names.
+    pub fn config(&self) -> PathBuf {
+        self.run.join("config.toml")
+    }
+
+    /// Folder of the pods' state folders.
+    pub fn state(&self) -> PathBuf {
+        self.run.join("pods")
+    }
+
+    /// State folder of a container's pod.
+    pub fn state_of(&self, container: &str) -> PathBuf {
+        self.state().join(format!("{}-{container}", self.namespace))
+    }
+
+    /// A folder for a case's own files, on a disk.
+    pub fn folder(&self, name: &str) -> Outcome<PathBuf> {
+        let folder = self.data.join("cases").join(name);
+        make_folder(&folder)?;
+        Ok(folder)
+    }
+
+    /// Writes the configuration, with `lines` in place of the keys they name.
+    pub fn configure(&self, lines: &str) -> Outcome {
+        let engine = match self.engine {
+            Engine::Kvm => "kvm",
+            _ => "emulated",
+        };
+        let defaults = [
+            ("engine", format!("engine = {engine:?}")),
+            ("state", format!("state = {:?}", self.state())),
+        ];
+        let mut text = String::from(lines);
+        text.push('\n');
+        for (key, line) in defaults {
+            if !lines.lines().any(|l| l.trim_start().starts_with(key)) {
+                text.push_str(&line);
+                text.push('\n');
+            }
+        }
+        write(self.config(), text)
+    }
+
+    /// The same until the value goes.
+    pub fn configured(&self, lines: &str) -> Outcome<Configured<'_>> {
+        self.configure(lines)?;
+        Ok(Configured(self))
+    }
+
+    /// containerd's namespace.
+    pub fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
+    /// Text that only this suite's paths hold.
+    pub fn mark(&self) -> String {
+        self.run.to_string_lossy().into_owned()
+    }
+
+    /// A name that was not used before.
+    pub fn name(&self, what: &str) -> String {
+        self.counter.set(self.counter.get() + 1);
+        format!("{what}-{}", self.counter.get())
+    }
+
+    /// `ctr` on the suite's containerd.
+    pub fn ctr(&self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Invocation {
+        self.ctr_at(&self.run.join("main/c.sock"), args)
+    }
+
+    /// `ctr` on another containerd.
+    pub fn ctr_at(
+        &self,
+        address: &Path,
+        args: impl IntoIterator<Item = impl AsRef<OsStr>>,
+    ) -> Invocation {
+        Invocation::new("ctr")
+            .arg("-a")
+            .arg(address)
+            .args(["-n", &self.namespace])
+            .args(args)
+            .limit(self.scale.seconds(60))
+    }
+
+    /// The runtime's name for `ctr run`.
+    pub fn runtime(&self) -> &'static str {
+        match self.engine {
+            Engine::Runc => "io.containerd.runc.v2",
+            _ => "io.containerd.bulkhead.v1",
+        }
+    }
+
+    /// A container of an image, yet to be run.
+    pub fn run(&self, image: Image) -> Run<'_> {
+        Run::new(self, vec![image.reference()])
+    }
+
+    /// A busybox container.
+    pub fn busybox(&self) -> Run<'_> {
+        self.run(Image::Busybox)
+    }
+
+    /// Imports an image unless it is there.
+    pub fn import(&self, image: Image) -> Outcome {
+        if self.imported.borrow().contains(&image) {
+            return Ok(());
+        }
+        let tar = self.images.join(format!("{}.tar", image.name()));
+        if !tar.exists() {
+            return skip(format!("no image {}", tar.display()));
+        }
+        self.ctr(["image", "import"])
+            .arg(&tar)
+            .limit(self.scale.seconds(120))
+            .output()?
+            .ok()?;
+        self.imported.borrow_mut().insert(image);
+        Ok(())
+    }
+
+    /// Mounts an image's tree on the host; it goes with the value.
+    pub fn mount(&self, image: Image) -> Outcome<Mounted> {
+        self.import(image)?;
+        let key = self.name("view");
+        let folder = self.folder(&key)?;
+        let reference = image.reference();
+        let mount = self.ctr(["image", "mount", &reference]).arg(&folder);
+        mount.output()?.ok()?;
+        let remove = self.ctr(["snapshot", "rm"]).arg(&folder);
+        Ok(Mounted {
+            folder,
+            remove: Some(remove),
+        })
+    }
+
+    /// Mounts a container's snapshot on the host.
+    pub fn mount_snapshot(&self, container: &str) -> Outcome<Mounted> {
+        let folder = self.folder(&self.name("snapshot"))?;
+        let words = self.ctr(["snapshot", "mounts"]).arg(&folder).arg(container);
+        let command = words.output()?.ok()?.text();
+        Invocation::new("sh")
+            .args(["-ec", &command])
+            .output()?
+            .ok()?;
+        Ok(Mounted {
+            folder,
+            remove: None,
+        })
+    }
+
+    /// A busybox tree in a folder on the host.
+    pub fn rootfs(&self) -> Outcome<PathBuf> {
+        if let Some(folder) = self.rootfs.get() {
+            return Ok(folder.clone());
+        }
+        let mounted = self.mount(Image::Busybox)?;
+        let folder = self.data.join("rootfs");
+        let copy = Invocation::new("cp")
+            .arg("-a")
+            .arg(&mounted.folder)
+            .arg(&folder);
+        copy.output()?.ok()?;
+        Ok(self.rootfs.get_or_init(|| folder).clone())
+    }
+
+    /// Output of a command that many cases look at, run once.
+    pub fn once(&self, run: impl FnOnce() -> Outcome<String>) -> Outcome<&str> {
+        if self.probe.get().is_none() {
+            let text = run()?;
+            let _ = self.probe.set(text);
+        }
+        self.probe.get().map(String::as_str).context("no probe")
+    }
+
+    /// Restarts containerd.
+    pub fn restart_containerd(&self) -> Outcome {
+        let mut containerd = self.containerd.borrow_mut();
+        containerd.as_mut().context("no containerd")?.restart()
+    }
+
+    /// Where a leak check looks.
+    pub fn scope(&self) -> Scope {
+        let containerd = self.containerd.borrow();
+        let snapshots = "main/io.containerd.snapshotter.v1.overlayfs/snapshots";
+        let mut folders = vec![
+            (self.state(), 2),
+            (PathBuf::from("/run/containerd/s"), 1),
+            (self.data.join(snapshots), 1),
+        ];
+        folders.extend(containerd.iter().map(|c| (c.bundles(&self.namespace), 2)));
+        Scope {
+            mark: self.mark(),
+            namespace: self.namespace.clone(),
+            folders,
+            holders: containerd
+                .iter()
+                .map(Containerd::pid)
+                .chain([std::process::id()])
+                .collect(),
+        }
+    }
+
+    /// Removes by force whatever a failed case left.
+    pub fn clean(&self) {
+        let list = |args: [&str; 3]| {
+            self.ctr(args)
+                .output()
+                .map(|o| o.text())
+                .unwrap_or_default()
+        };
+        for id in list(["task", "ls", "-q"]).lines() {
+            let _ = self
+                .ctr(["task", "rm", "-f", id])
+                .limit(self.scale.seconds(10))
+                .output();
+        }
+        for id in list(["container", "ls", "-q"]).lines() {
+            let _ = self
+                .ctr(["container", "rm", id])
+                .limit(self.scale.seconds(10))
+                .output();
+        }
+        for process in process::of_pods(&self.mark()) {
+            let _ = process.signal(Signal::KILL);
+        }
+        unmount_below(&self.run.join("pods"));
+        unmount_below(&self.data.join("cases"));
+        let _ = fs::remove_dir_all(self.state());
+        let _ = self.configure("");
+    }
+
+    /// The ends of every log: what a person needs who reads a failure.
+    pub fn logs(&self, since: usize) -> String {
+        let mut text = String::new();
+        let mut add = |title: String, body: &str| {
+            if !body.trim().is_empty() {
+                text.push_str(&format!("--- {title}\n{}\n", tail(body, 3000).trim_end()));
+            }
+        };
+        for entry in fs::read_dir(self.state()).into_iter().flatten().flatten() {
+            for file in ["vmm.log", "fs.log", "exit.json"] {
+                let path = entry.path().join(file);
+                if let Ok(body) = read(&path) {
+                    add(path.display().to_string(), &body.replace("\\n", "\n"));
+                }
+            }
+        }
+        if let Ok(body) = read(self.run.join("main/containerd.log")) {
+            add(
+                "containerd and shims".into(),
+                body.get(since..).unwrap_or(&body),
+            );
+        }
+        text
+    }
+
+    /// Length of containerd's log, for [`logs`](Self::logs).
+    pub fn log_mark(&self) -> usize {
+        fs::metadata(self.run.join("main/containerd.log"))
+            .ok()
+            .and_then(|m| usize::try_from(m.len()).ok())
+            .unwrap_or(0)
+    }
+
+    /// How long an end that nobody waits for may take.
+    pub fn settle(&self) -> Duration {
+        self.scale.seconds(3)
+    }
+}
+
+impl Drop for Suite {
+    fn drop(&mut self) {
+        self.clean();
+        self.containerd.borrow_mut().take();
+        unmount_below(&self.run);
+        unmount_below(&self.data);
+        let _ = fs::remove_dir_all(&self.run);
+        let _ = fs::remove_dir_all(&self.data);
+        for hierarchy in fs::read_dir("/sys/fs/cgroup")
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            let _ = fs::remove_dir(hierarchy.path().join(&self.namespace));
+        }
+        let _ = fs::remove_dir(Path::new("/sys/fs/cgroup").join(&self.namespace));
+    }
+}
+
+/// Restores the configuration at its end.
+#[derive(Debug)]
+pub struct Configured<'a>(&'a Suite);
+
+impl Drop for Configured<'_> {
+    fn drop(&mut self) {
+        let _ = self.0.configure("");
+    }
+}
+
+/// A tree mounted on the host; unmounted at its end.
+#[derive(Debug)]
+pub struct Mounted {
+    /// Where.
+    pub folder: PathBuf,
+    remove: Option<Invocation>,
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        unmount_below(&self.folder);
+        if let Some(remove) = self.remove.take() {
+            let _ = remove.output();
+        }
+        let _ = fs::remove_dir(&self.folder);
+    }
+}
+
+fn absolute(path: &Path) -> Outcome<PathBuf> {
+    std::path::absolute(path).context(format_args!("path {}", path.display()))
+}
