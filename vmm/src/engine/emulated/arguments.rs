@@ -1,0 +1,109 @@
+//! The emulator's command line.
+
+use std::ffi::{OsStr, OsString};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+
+use super::EmulatedError;
+use crate::config::MachineConfig;
+use crate::virtio::VirtioDevice;
+
+/// Kernel parameters; those of the devices are added by the emulator.
+const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 reboot=t no_timer_check tsc=reliable";
+
+/// The emulator's side of one of our devices.
+pub struct Frontend {
+    driver: Driver,
+    socket: RawFd,
+}
+
+#[derive(Clone, Copy)]
+enum Driver {
+    Block,
+    Rng,
+    Vsock,
+    Fs,
+}
+
+impl Frontend {
+    /// By the device's type; `socket` is inherited by the emulator.
+    pub fn new(device: &dyn VirtioDevice, socket: &UnixStream) -> Result<Self, EmulatedError> {
+        let driver = match device.device_type() {
+            2 => Driver::Block,
+            4 => Driver::Rng,
+            19 => Driver::Vsock,
+            26 => Driver::Fs,
+            device_type => {
+                return Err(EmulatedError::Device {
+                    name: device.name(),
+                    device_type,
+                });
+            }
+        };
+        Ok(Self {
+            driver,
+            socket: socket.as_raw_fd(),
+        })
+    }
+
+    fn device(&self, index: usize, config: &MachineConfig) -> String {
+        let name = match self.driver {
+            Driver::Block => "vhost-user-blk,num-queues=1",
+            Driver::Rng => "vhost-user-rng",
+            Driver::Vsock => "vhost-user-vsock-device",
+            Driver::Fs => "vhost-user-fs-device,num-request-queues=1",
+        };
+        // The tag is a plain word, without a comma: `MachineConfig` checks that.
+        let tag = match (self.driver, &config.fs) {
+            (Driver::Fs, Some(fs)) => format!(",tag={}", fs.tag),
+            _ => String::new(),
+        };
+        format!("{name}{tag},chardev=vhost{index}")
+    }
+}
+
+/// All arguments. Sizes are numbers and paths stand alone, so nothing in the configuration can become an option.
+pub fn arguments(config: &MachineConfig, frontends: &[Frontend]) -> Vec<OsString> {
+    let memory = config.memory_mib;
+    let mut list: Vec<OsString> = Vec::new();
+    let mut add = |option: &str, value: &OsStr| {
+        list.push(option.into());
+        list.push(value.into());
+    };
+    let memory_object = format!("memory-backend-memfd,id=ram,share=on,size={memory}M");
+    let pairs = [
+        // Nothing of a PC but what the kernel needs for its clock, and the port for its messages.
+        (
+            "-machine",
+            "microvm,acpi=off,rtc=off,isa-serial=on,memory-backend=ram",
+        ),
+        ("-accel", "tcg,thread=multi,tb-size=256"),
+        // With LA57 the emulator faults at boot.
+        ("-cpu", "max,-la57"),
+        ("-object", &memory_object),
+        ("-global", "virtio-mmio.force-legacy=false"),
+        ("-display", "none"),
+        ("-monitor", "none"),
+        ("-chardev", "stdio,id=console,signal=off"),
+        ("-serial", "chardev:console"),
+        (
+            "-sandbox",
+            "on,obsolete=deny,elevateprivileges=deny,spawn=deny",
+        ),
+        ("-append", COMMAND_LINE),
+    ];
+    for (option, value) in pairs {
+        add(option, OsStr::new(value));
+    }
+    add("-m", OsStr::new(&format!("{memory}M")));
+    add("-smp", OsStr::new(&config.vcpus.to_string()));
+    add("-kernel", config.kernel.as_os_str());
+    add("-initrd", config.initramfs.as_os_str());
+    for (index, frontend) in frontends.iter().enumerate() {
+        let chardev = format!("socket,id=vhost{index},fd={}", frontend.socket);
+        add("-chardev", OsStr::new(&chardev));
+        add("-device", OsStr::new(&frontend.device(index, config)));
+    }
+    list.extend(["-nodefaults", "-no-user-config", "-no-reboot"].map(OsString::from));
+    list
+}

@@ -1,0 +1,465 @@
+//! The vhost-user transport: carries a device to the emulator that runs the guest.
+//!
+//! One thread a device answers the emulator's requests (the `vhost` crate parses them) until the emulator hangs up.
+//! What mmio reads from registers arrives here as messages: features, memory, rings, descriptors for kicks and calls. Once
+//! every ring that got a kick is enabled, the device gets the same [`Activation`] as from mmio. The emulator is a
+//! child of ours and trusted as far as the guest: ring addresses are checked against the memory that it shared.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{FromRawFd, IntoRawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use vhost::VhostUserMemoryRegionBase;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserShMemConfig, VhostUserSharedMsg,
+    VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{
+    BackendReqHandler, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut,
+    VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+};
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::virtio::queue::VirtQueue;
+use crate::virtio::{
+    Activation, COMMON_FEATURES, F_EVENT_IDX, F_VERSION_1, Interrupt, SharedMemory, VirtioDevice,
+};
+
+/// Offset of `idx` in a used ring (virtio 1.3 section 2.7.8).
+const USED_INDEX: u64 = 2;
+
+/// Serves `device` on `socket` from a thread of its own, which ends once the emulator hangs up.
+pub fn serve(device: Box<dyn VirtioDevice>, socket: UnixStream) -> io::Result<JoinHandle<()>> {
+    let name = device.name();
+    std::thread::Builder::new()
+        .name(format!("vhost-{name}"))
+        .spawn(move || {
+            let backend = Arc::new(Mutex::new(Backend::new(device)));
+            let mut handler = BackendReqHandler::from_stream(socket, backend.clone());
+            loop {
+                match handler.handle_request() {
+                    Ok(()) => {}
+                    Err(Error::Disconnected) => break,
+                    Err(Error::SocketRetry(_)) => {}
+                    Err(error) => {
+                        tracing::warn!(device = name, %error, "vhost-user connection ended");
+                        break;
+                    }
+                }
+            }
+            backend
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .stop();
+        })
+}
+
+/// What the emulator told about one ring.
+#[derive(Default)]
+struct Ring {
+    size: u16,
+    descriptors: u64,
+    available: u64,
+    used: u64,
+    next_available: u16,
+    kick: Option<EventFd>,
+    enabled: bool,
+}
+
+/// A range of guest memory as the emulator names it.
+struct Region {
+    user: u64,
+    guest: u64,
+    size: u64,
+}
+
+/// Signals the emulator, through descriptors that it may exchange at any time.
+struct Calls(Vec<Mutex<Option<EventFd>>>);
+
+impl Interrupt for Calls {
+    fn queue_used(&self, index: u16) {
+        let Some(call) = self.0.get(usize::from(index)) else {
+            return;
+        };
+        if let Some(event) = &*call.lock().unwrap_or_else(PoisonError::into_inner) {
+            // Fails only if the counter is full: then the guest is being called already.
+            let _ = event.write(1);
+        }
+    }
+
+    fn config_changed(&self) {
+        tracing::warn!("the emulator cannot tell the guest of a changed configuration");
+    }
+}
+
+struct Backend {
+    device: Box<dyn VirtioDevice>,
+    rings: Vec<Ring>,
+    calls: Arc<Calls>,
+    features: u64,
+    regions: Vec<Region>,
+    memory: Option<SharedMemory>,
+    active: bool,
+}
+
+impl Backend {
+    fn new(device: Box<dyn VirtioDevice>) -> Self {
+        let count = device.queue_sizes().len();
+        Self {
+            device,
+            rings: (0..count).map(|_| Ring::default()).collect(),
+            calls: Arc::new(Calls((0..count).map(|_| Mutex::new(None)).collect())),
+            features: 0,
+            regions: Vec::new(),
+            memory: None,
+            active: false,
+        }
+    }
+
+    fn ring(&mut self, index: u32) -> Result<&mut Ring> {
+        // Rings do not change under a running device.
+        if self.active {
+            return Err(Error::InvalidOperation("the device is running"));
+        }
+        usize::try_from(index)
+            .ok()
+            .and_then(|index| self.rings.get_mut(index))
+            .ok_or(Error::InvalidParam)
+    }
+
+    fn guest_address(&self, user: u64) -> Result<u64> {
+        self.regions
+            .iter()
+            .find_map(|region| {
+                let offset = user.checked_sub(region.user)?;
+                (offset < region.size).then(|| region.guest.checked_add(offset))?
+            })
+            .ok_or(Error::InvalidParam)
+    }
+
+    fn start_when_ready(&mut self) -> Result<()> {
+        let kicked = || self.rings.iter().filter(|ring| ring.kick.is_some());
+        if self.active || kicked().next().is_none() || !kicked().all(|ring| ring.enabled) {
+            return Ok(());
+        }
+        let memory = self
+            .memory
+            .clone()
+            .ok_or(Error::InvalidOperation("no memory yet"))?;
+        let interrupt: Arc<dyn Interrupt> = self.calls.clone();
+        let mut queues = Vec::new();
+        for (index, ring) in self.rings.iter().enumerate() {
+            let index = u16::try_from(index).map_err(|_| Error::InvalidParam)?;
+            queues.push(match &ring.kick {
+                Some(kick) => {
+                    let kick = kick.try_clone().map_err(Error::ReqHandlerError)?;
+                    let queue = self.queue(ring, &memory)?;
+                    Some(VirtQueue::new(
+                        index,
+                        queue,
+                        memory.clone(),
+                        kick,
+                        interrupt.clone(),
+                    ))
+                }
+                None => None,
+            });
+        }
+        let activation = Activation {
+            memory,
+            features: self.features,
+            queues,
+            interrupt,
+        };
+        self.device.activate(activation).map_err(|error| {
+            tracing::error!(device = self.device.name(), %error, "device cannot start");
+            Error::BackendInternalError
+        })?;
+        self.active = true;
+        Ok(())
+    }
+
+    fn queue(&self, ring: &Ring, memory: &SharedMemory) -> Result<Queue> {
+        let bad = |_| Error::InvalidParam;
+        let mut queue = Queue::new(ring.size).map_err(bad)?;
+        let address = |user| self.guest_address(user).map(GuestAddress);
+        queue
+            .try_set_desc_table_address(address(ring.descriptors)?)
+            .map_err(bad)?;
+        queue
+            .try_set_avail_ring_address(address(ring.available)?)
+            .map_err(bad)?;
+        queue
+            .try_set_used_ring_address(address(ring.used)?)
+            .map_err(bad)?;
+        queue.set_event_idx(self.features & F_EVENT_IDX != 0);
+        queue.set_next_avail(ring.next_available);
+        queue.set_next_used(self.used_index(ring, memory)?);
+        queue.set_ready(true);
+        if queue.is_valid(&**memory) {
+            Ok(queue)
+        } else {
+            Err(Error::InvalidParam)
+        }
+    }
+
+    fn used_index(&self, ring: &Ring, memory: &SharedMemory) -> Result<u16> {
+        let at = self
+            .guest_address(ring.used)?
+            .checked_add(USED_INDEX)
+            .ok_or(Error::InvalidParam)?;
+        let index: u16 = memory
+            .read_obj(GuestAddress(at))
+            .map_err(|_| Error::InvalidParam)?;
+        Ok(u16::from_le(index))
+    }
+
+    fn stop(&mut self) {
+        if self.active {
+            self.device.reset();
+            self.active = false;
+        }
+    }
+}
+
+fn event(file: Option<File>) -> Option<EventFd> {
+    // SAFETY: the descriptor is owned by `file`, which gives it up.
+    file.map(|file| unsafe { EventFd::from_raw_fd(file.into_raw_fd()) })
+}
+
+impl VhostUserBackendReqHandlerMut for Backend {
+    fn set_owner(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> Result<()> {
+        self.stop();
+        Ok(())
+    }
+
+    fn reset_device(&mut self) -> Result<()> {
+        self.stop();
+        for ring in &mut self.rings {
+            *ring = Ring::default();
+        }
+        Ok(())
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        Ok(self.device.features() | COMMON_FEATURES | protocol)
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        if features & !self.get_features()? != 0 {
+            return Err(Error::FeatureMismatch);
+        }
+        self.features = features & !VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        Ok(())
+    }
+
+    fn set_mem_table(
+        &mut self,
+        table: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
+        let mut mapped = Vec::new();
+        let mut regions = Vec::new();
+        for (entry, file) in table.iter().zip(files) {
+            let region = Region {
+                user: entry.user_addr,
+                guest: entry.guest_phys_addr,
+                size: entry.memory_size,
+            };
+            let mapping = entry.mmap_region(file)?;
+            let guest = GuestAddress(region.guest);
+            mapped.push(GuestRegionMmap::new(mapping, guest).ok_or(Error::InvalidParam)?);
+            regions.push(region);
+        }
+        mapped.sort_by_key(|region| vm_memory::GuestMemoryRegion::start_addr(region).0);
+        let memory = GuestMemoryMmap::from_regions(mapped).map_err(|_| Error::InvalidParam)?;
+        if self.active {
+            // The firmware moves memory about before there is a driver, never after.
+            return Err(Error::InvalidOperation("the device is running"));
+        }
+        self.memory = Some(Arc::new(memory));
+        self.regions = regions;
+        Ok(None)
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+        let largest = usize::try_from(index)
+            .ok()
+            .and_then(|index| self.device.queue_sizes().get(index).copied())
+            .ok_or(Error::InvalidParam)?;
+        let size = u16::try_from(num).map_err(|_| Error::InvalidParam)?;
+        if size > largest || !size.is_power_of_two() {
+            return Err(Error::InvalidParam);
+        }
+        self.ring(index)?.size = size;
+        Ok(())
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        _flags: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> Result<()> {
+        let ring = self.ring(index)?;
+        ring.descriptors = descriptor;
+        ring.used = used;
+        ring.available = available;
+        Ok(())
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        self.ring(index)?.next_available = u16::try_from(base).map_err(|_| Error::InvalidParam)?;
+        Ok(())
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        self.stop();
+        let ring = std::mem::take(self.ring(index)?);
+        // A stopped device has answered all that it took: what it will take next is what it will use next.
+        let base = match &self.memory {
+            Some(memory) if ring.kick.is_some() => self.used_index(&ring, memory)?,
+            _ => ring.next_available,
+        };
+        Ok(VhostUserVringState::new(index, u32::from(base)))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, file: Option<File>) -> Result<()> {
+        self.ring(u32::from(index))?.kick = event(file);
+        Ok(())
+    }
+
+    fn set_vring_call(&mut self, index: u8, file: Option<File>) -> Result<()> {
+        let call = self
+            .calls
+            .0
+            .get(usize::from(index))
+            .ok_or(Error::InvalidParam)?;
+        *call.lock().unwrap_or_else(PoisonError::into_inner) = event(file);
+        Ok(())
+    }
+
+    fn set_vring_err(&mut self, _index: u8, _file: Option<File>) -> Result<()> {
+        Ok(())
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        Ok(VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::REPLY_ACK)
+    }
+
+    fn set_protocol_features(&mut self, _features: u64) -> Result<()> {
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        Ok(self.rings.len() as u64)
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        if !enable {
+            self.stop();
+        }
+        let ring = usize::try_from(index)
+            .ok()
+            .and_then(|index| self.rings.get_mut(index));
+        ring.ok_or(Error::InvalidParam)?.enabled = enable;
+        if enable {
+            if self.features & F_VERSION_1 == 0 {
+                return Err(Error::FeatureMismatch);
+            }
+            self.start_when_ready()?;
+        }
+        Ok(())
+    }
+
+    fn get_config(
+        &mut self,
+        offset: u32,
+        size: u32,
+        _flags: VhostUserConfigFlags,
+    ) -> Result<Vec<u8>> {
+        // The crate limits a message to 4 KiB.
+        let mut data = vec![0; size as usize];
+        self.device.read_config(u64::from(offset), &mut data);
+        Ok(data)
+    }
+
+    fn set_config(&mut self, offset: u32, data: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+        self.device.write_config(u64::from(offset), data);
+        Ok(())
+    }
+
+    fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {
+        Err(UNSUPPORTED)
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
+        Err(UNSUPPORTED)
+    }
+
+    fn get_inflight_fd(&mut self, _: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        Err(UNSUPPORTED)
+    }
+
+    fn set_inflight_fd(&mut self, _: &VhostUserInflight, _: File) -> Result<()> {
+        Err(UNSUPPORTED)
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Err(UNSUPPORTED)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        _region: &VhostUserSingleMemoryRegion,
+        _file: File,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<VhostUserMemoryRegionBase>> {
+        Err(UNSUPPORTED)
+    }
+
+    fn remove_mem_region(&mut self, _region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        Err(UNSUPPORTED)
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _file: File,
+    ) -> Result<Option<File>> {
+        Err(UNSUPPORTED)
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        Err(UNSUPPORTED)
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        Err(UNSUPPORTED)
+    }
+
+    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
+        Err(UNSUPPORTED)
+    }
+}
+
+/// Of features that were not offered.
+const UNSUPPORTED: Error = Error::InvalidOperation("not offered");
