@@ -9,9 +9,11 @@
 //! checks every descriptor before a device sees it.
 
 pub mod chain;
+pub mod fs;
 pub mod queue;
 #[cfg(test)]
 pub mod testing;
+pub mod transport;
 pub mod vsock;
 
 use std::sync::Arc;

@@ -51,7 +51,7 @@ impl Frontend {
             Driver::Block => "vhost-user-blk,num-queues=1",
             Driver::Rng => "vhost-user-rng",
             Driver::Vsock => "vhost-user-vsock-device",
-            Driver::Fs => "vhost-user-fs-device,num-request-queues=1",
+            Driver::Fs => "vhost-user-fs-device,num-request-queues=1,queue-size=512",
         };
         // The tag is a plain word, without a comma: `MachineConfig` checks that.
         let tag = match (self.driver, &config.fs) {

@@ -1,0 +1,172 @@
+//! One FUSE request and its reply, between a descriptor chain and a worker's socket.
+//!
+//! Both headers pass through copies of ours, so neither side can change them after the check; the bodies go
+//! straight between guest memory and the socket.
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use vm_memory::GuestMemoryMmap;
+
+use crate::limits;
+use crate::virtio::chain::Chain;
+
+/// Bytes of `struct fuse_in_header`.
+pub const IN_HEADER: usize = 40;
+/// Bytes of `struct fuse_out_header`.
+pub const OUT_HEADER: usize = 16;
+
+const FORGET: u32 = 2;
+const INTERRUPT: u32 = 36;
+const BATCH_FORGET: u32 = 42;
+
+/// What a request asks of this device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Send it and wait for the reply.
+    Answered,
+    /// Send it; there is no reply.
+    Unanswered,
+    /// Interrupts a request; the one it means is answered soon anyway.
+    Interrupt,
+}
+
+/// A request whose header was checked.
+pub struct Request<'a> {
+    chain: &'a Chain,
+    memory: &'a GuestMemoryMmap,
+    header: [u8; IN_HEADER],
+}
+
+impl<'a> Request<'a> {
+    /// `None` if the chain is no FUSE request of a size that the file server takes.
+    pub fn parse(chain: &'a Chain, memory: &'a GuestMemoryMmap) -> Option<Self> {
+        let len = chain.readable_len();
+        let mut header = [0; IN_HEADER];
+        chain.reader(memory).read_exact(&mut header).ok()?;
+        let request = Self {
+            chain,
+            memory,
+            header,
+        };
+        let whole = u32::try_from(len).ok() == Some(request.u32_at(0));
+        let room = match request.kind() {
+            Kind::Answered => chain.writable_len() >= OUT_HEADER,
+            Kind::Unanswered | Kind::Interrupt => true,
+        };
+        (whole && room && len <= limits::FS_MESSAGE).then_some(request)
+    }
+
+    fn u32_at(&self, at: usize) -> u32 {
+        let mut bytes = [0; 4];
+        bytes.copy_from_slice(&self.header[at..at + 4]);
+        u32::from_le_bytes(bytes)
+    }
+
+    fn unique(&self) -> &[u8] {
+        &self.header[8..16]
+    }
+
+    /// By its opcode.
+    pub fn kind(&self) -> Kind {
+        match self.u32_at(4) {
+            FORGET | BATCH_FORGET => Kind::Unanswered,
+            INTERRUPT => Kind::Interrupt,
+            _ => Kind::Answered,
+        }
+    }
+
+    /// Sends the request as one datagram. Waits while the file server has not taken the one before.
+    pub fn send(&self, socket: &OwnedFd) -> io::Result<()> {
+        let mut header = self.header;
+        let mut vectors = vec![libc::iovec {
+            iov_base: header.as_mut_ptr().cast(),
+            iov_len: header.len(),
+        }];
+        vectors.extend(
+            self.chain
+                .readable_iovecs(self.memory, IN_HEADER, limits::FS_MESSAGE),
+        );
+        let message = message(&mut vectors);
+        let sent = retry(|| {
+            // SAFETY: the vectors are `header` and guest memory, which `self.memory` keeps mapped; only read.
+            unsafe { libc::sendmsg(socket.as_raw_fd(), &message, libc::MSG_NOSIGNAL) }
+        })?;
+        // A datagram goes whole or not at all.
+        debug_assert_eq!(sent, self.chain.readable_len());
+        Ok(())
+    }
+
+    /// Receives the reply into the chain; gives its length. Errors of kind `InvalidData` are the file
+    /// server's mistakes.
+    pub fn receive(&self, socket: &OwnedFd) -> io::Result<u32> {
+        let mut header = [0; OUT_HEADER];
+        let mut vectors = vec![libc::iovec {
+            iov_base: header.as_mut_ptr().cast(),
+            iov_len: header.len(),
+        }];
+        vectors.extend(
+            self.chain
+                .writable_iovecs(self.memory, OUT_HEADER, limits::FS_MESSAGE),
+        );
+        let mut message = message(&mut vectors);
+        let received = retry(|| {
+            // SAFETY: the vectors are `header` and guest memory, which `self.memory` keeps mapped; no Rust
+            // reference to either is alive during the call.
+            unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, 0) }
+        })?;
+        if received == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let len = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
+        let whole = message.msg_flags & libc::MSG_TRUNC == 0
+            && received >= OUT_HEADER
+            && u32::try_from(received).ok() == Some(len);
+        if !whole || header[8..16] != *self.unique() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "malformed FUSE reply",
+            ));
+        }
+        self.chain.writer(self.memory).write_all(&header)?;
+        Ok(len)
+    }
+}
+
+/// Answers `-errno` to whatever the chain holds; gives the length of the answer, 0 if nothing fits.
+pub fn refuse(chain: &Chain, memory: &GuestMemoryMmap, errno: i32) -> u32 {
+    let mut request = [0; 16];
+    if chain.reader(memory).read_exact(&mut request).is_err() {
+        return 0;
+    }
+    let mut header = [0; OUT_HEADER];
+    header[0..4].copy_from_slice(&(OUT_HEADER as u32).to_le_bytes());
+    header[4..8].copy_from_slice(&errno.wrapping_neg().to_le_bytes());
+    header[8..16].copy_from_slice(&request[8..16]);
+    if chain.writable_len() < OUT_HEADER || chain.writer(memory).write_all(&header).is_err() {
+        return 0;
+    }
+    OUT_HEADER as u32
+}
+
+fn message(vectors: &mut [libc::iovec]) -> libc::msghdr {
+    // SAFETY: msghdr is plain data; all zeroes is an empty message.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = vectors.as_mut_ptr();
+    message.msg_iovlen = vectors.len();
+    message
+}
+
+fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
+    loop {
+        match usize::try_from(call()) {
+            Ok(n) => return Ok(n),
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
+    }
+}
