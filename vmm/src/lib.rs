@@ -1,7 +1,10 @@
 //! The VMM and the file server.
 
+pub mod arch;
 pub mod bus;
 pub mod config;
+pub mod engine;
+pub mod i8042;
 pub mod limits;
 pub mod machine;
 pub mod serial;

@@ -1,0 +1,327 @@
+//! Engine `kvm`: our own machine on `/dev/kvm`.
+//!
+//! [`KvmEngine::start`] reads top-down: host, VM, memory, devices, guest images, vCPUs. The interrupt controllers and the
+//! timer are in the kernel; ports and MMIO come to the vCPU loop ([`vcpu`]); virtio kicks and interrupts pass
+//! by eventfds without it.
+
+pub mod exits;
+mod gate;
+mod host;
+mod vcpu;
+
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+use kvm_bindings::{
+    KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
+use vm_memory::{
+    Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap,
+    GuestMemoryRegion,
+};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use self::exits::ExitCounts;
+use self::gate::Gate;
+use self::vcpu::Shared;
+use crate::arch::x86_64::cmdline::MmioSlot;
+use crate::arch::x86_64::{boot_params, cmdline, cpuid, images, layout, mp_table, registers};
+use crate::bus::{Bus, BusError};
+use crate::config::MachineConfig;
+use crate::i8042::I8042;
+use crate::machine::end::EndSender;
+use crate::serial::{ConsoleRing, SerialPort};
+use crate::virtio::transport::mmio::MmioTransport;
+use crate::virtio::{SharedMemory, VirtioDevice};
+
+/// Why the engine could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum KvmError {
+    /// The host's KVM cannot be used.
+    #[error(transparent)]
+    Host(#[from] host::HostError),
+    /// KVM refused a step.
+    #[error("KVM cannot {step}")]
+    Kvm {
+        /// What was tried.
+        step: &'static str,
+        /// KVM's answer.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// The host allows fewer vCPUs.
+    #[error("vcpus is {asked}: this host's KVM allows {allowed}")]
+    Vcpus {
+        /// Configured.
+        asked: u8,
+        /// What KVM says.
+        allowed: usize,
+    },
+    /// Guest memory could not be mapped.
+    #[error("cannot map {mib} MiB of guest memory")]
+    Map {
+        /// Configured.
+        mib: u32,
+        /// The system's answer.
+        #[source]
+        source: vm_memory::mmap::FromRangesError,
+    },
+    /// A boot structure could not be written.
+    #[error("cannot write {what} into guest memory")]
+    Write {
+        /// Which structure.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: GuestMemoryError,
+    },
+    /// Kernel or initramfs.
+    #[error(transparent)]
+    Image(#[from] images::ImageError),
+    /// First state of a vCPU.
+    #[error(transparent)]
+    Registers(#[from] registers::RegisterError),
+    /// The CPUID list is too long.
+    #[error("cannot make the CPUID list of vCPU {0}")]
+    Cpuid(u8),
+    /// Two devices at one place.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    /// No interrupt line is left.
+    #[error("too many devices: there are {} interrupt lines", layout::VIRTIO_IRQS.count())]
+    TooManyDevices,
+    /// A descriptor or thread could not be made.
+    #[error("cannot make {what}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn kvm_error(step: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> KvmError {
+    move |source| KvmError::Kvm { step, source }
+}
+
+/// A machine whose vCPUs run.
+pub struct KvmEngine {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    // Closed after the vCPUs' descriptors: they are fields of threads that end with the process.
+    _vm: VmFd,
+}
+
+impl KvmEngine {
+    /// Builds the machine and starts its vCPUs.
+    pub fn start(
+        config: &MachineConfig,
+        devices: Vec<Box<dyn VirtioDevice>>,
+        console: Arc<ConsoleRing>,
+        exits: Arc<ExitCounts>,
+        end: EndSender,
+    ) -> Result<Self, KvmError> {
+        let kvm = host::open()?;
+        let vm = create_vm(&kvm, config)?;
+        let memory = create_memory(&vm, config)?;
+        let (mmio, slots) = attach_virtio(&vm, devices, &memory)?;
+        let ports = attach_ports(&vm, &console, &end)?;
+        let entry = load_guest(&memory, config, &slots)?;
+        let vcpus = create_vcpus(&kvm, &vm, config.vcpus, entry)?;
+        let shared = Arc::new(Shared {
+            ports,
+            mmio,
+            exits,
+            gate: Gate::default(),
+            end,
+            console,
+            _memory: memory,
+        });
+        gate::install_handler().map_err(|error| KvmError::Io {
+            what: "the vCPUs' signal handler",
+            source: error.into(),
+        })?;
+        let mut threads = Vec::with_capacity(vcpus.len());
+        for (id, fd) in (0u8..).zip(vcpus) {
+            let thread = vcpu::spawn(id, fd, shared.clone()).map_err(|source| KvmError::Io {
+                what: "a vCPU thread",
+                source,
+            })?;
+            threads.push(thread);
+        }
+        Ok(Self {
+            shared,
+            threads,
+            _vm: vm,
+        })
+    }
+
+    /// Stops all vCPUs; returns when none is in the guest.
+    pub fn pause(&self) {
+        self.shared.gate.close();
+        self.threads.iter().for_each(vcpu::kick);
+        self.shared.gate.wait_parked(self.threads.len());
+    }
+
+    /// Lets all vCPUs go on.
+    pub fn resume(&self) {
+        self.shared.gate.open();
+    }
+}
+
+fn create_vm(kvm: &Kvm, config: &MachineConfig) -> Result<VmFd, KvmError> {
+    let allowed = kvm.get_max_vcpus();
+    if usize::from(config.vcpus) > allowed {
+        return Err(KvmError::Vcpus {
+            asked: config.vcpus,
+            allowed,
+        });
+    }
+    // A signal that reaches us meanwhile makes KVM give up with EINTR.
+    let vm = loop {
+        match kvm.create_vm() {
+            Err(error) if error.errno() == libc::EINTR => {}
+            other => break other.map_err(kvm_error("create a VM"))?,
+        }
+    };
+    vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
+        .map_err(kvm_error("place its identity map"))?;
+    vm.set_tss_address(layout::KVM_TSS as usize)
+        .map_err(kvm_error("place its task segment"))?;
+    vm.create_irq_chip()
+        .map_err(kvm_error("create the interrupt controllers"))?;
+    vm.create_pit2(kvm_pit_config {
+        // Port 0x61 is answered in the kernel as well.
+        flags: KVM_PIT_SPEAKER_DUMMY,
+        ..Default::default()
+    })
+    .map_err(kvm_error("create the timer"))?;
+    Ok(vm)
+}
+
+/// Private anonymous memory: nobody else can map it, and untouched pages cost nothing.
+fn create_memory(vm: &VmFd, config: &MachineConfig) -> Result<SharedMemory, KvmError> {
+    let ranges: Vec<(GuestAddress, usize)> = layout::memory_ranges(config.memory_bytes())
+        .into_iter()
+        .map(|(base, len)| (GuestAddress(base), len as usize))
+        .collect();
+    let memory = GuestMemoryMmap::from_ranges(&ranges).map_err(|source| KvmError::Map {
+        mib: config.memory_mib,
+        source,
+    })?;
+    for (slot, region) in (0u32..).zip(memory.iter()) {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().raw_value(),
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+        };
+        // SAFETY: the range is a live mapping of this process, used for nothing else, and its slot is new. It stays
+        // mapped as long as vCPUs run: their threads hold it by `Shared`.
+        unsafe { vm.set_user_memory_region(region) }.map_err(kvm_error("take guest memory"))?;
+    }
+    Ok(Arc::new(memory))
+}
+
+/// Puts each device on its page of MMIO with its interrupt line; kicks go by ioeventfd, interrupts by irqfd.
+fn attach_virtio(
+    vm: &VmFd,
+    devices: Vec<Box<dyn VirtioDevice>>,
+    memory: &SharedMemory,
+) -> Result<(Bus, Vec<MmioSlot>), KvmError> {
+    let mut bus = Bus::default();
+    let mut slots = Vec::new();
+    let mut lines = layout::VIRTIO_IRQS;
+    for device in devices {
+        let irq = lines.next().ok_or(KvmError::TooManyDevices)?;
+        let address = layout::VIRTIO_MMIO + slots.len() as u64 * layout::VIRTIO_MMIO_SIZE;
+        let transport =
+            MmioTransport::new(device, memory.clone()).map_err(|source| KvmError::Io {
+                what: "a device's events",
+                source,
+            })?;
+        vm.register_irqfd(transport.irq(), irq)
+            .map_err(kvm_error("wire a device's interrupt"))?;
+        let notify = IoEventAddress::Mmio(address + MmioTransport::QUEUE_NOTIFY);
+        for (queue, kick) in (0u32..).zip(transport.kicks()) {
+            vm.register_ioevent(kick, &notify, queue)
+                .map_err(kvm_error("wire a device's queue"))?;
+        }
+        bus.insert(
+            address,
+            layout::VIRTIO_MMIO_SIZE,
+            Arc::new(Mutex::new(transport)),
+        )?;
+        slots.push(MmioSlot { address, irq });
+    }
+    Ok((bus, slots))
+}
+
+fn attach_ports(vm: &VmFd, console: &Arc<ConsoleRing>, end: &EndSender) -> Result<Bus, KvmError> {
+    let irq = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|source| KvmError::Io {
+        what: "the serial port's event",
+        source,
+    })?;
+    vm.register_irqfd(&irq, layout::SERIAL_IRQ)
+        .map_err(kvm_error("wire the serial port's interrupt"))?;
+    let serial = SerialPort::new(irq, console.clone());
+    let i8042 = I8042::new(console.clone(), end.clone());
+    let mut bus = Bus::default();
+    bus.insert(layout::SERIAL_PORT, 8, Arc::new(Mutex::new(serial)))?;
+    bus.insert(layout::I8042_PORT, 5, Arc::new(Mutex::new(i8042)))?;
+    Ok(bus)
+}
+
+/// Kernel, initramfs and what the boot protocol wants beside them. The answer is the first instruction.
+fn load_guest(
+    memory: &GuestMemoryMmap,
+    config: &MachineConfig,
+    slots: &[MmioSlot],
+) -> Result<GuestAddress, KvmError> {
+    let kernel = images::load_kernel(memory, &config.kernel)?;
+    let initramfs = images::load_initramfs(memory, &kernel, &config.initramfs)?;
+    let line = cmdline::build(slots);
+    let params = boot_params::build(config.memory_bytes(), Some(initramfs), line.len());
+    let write = |what, bytes: &[u8], address| {
+        memory
+            .write_slice(bytes, GuestAddress(address))
+            .map_err(|source| KvmError::Write { what, source })
+    };
+    // Memory is zero, so the line has its end mark.
+    write("the command line", line.as_bytes(), layout::CMDLINE)?;
+    write("the boot parameters", &params, layout::BOOT_PARAMS)?;
+    let table = mp_table::build(config.vcpus);
+    write("the MP table", &table, layout::MP_TABLE)?;
+    registers::write_boot_tables(memory)?;
+    Ok(kernel.entry)
+}
+
+fn create_vcpus(
+    kvm: &Kvm,
+    vm: &VmFd,
+    count: u8,
+    entry: GuestAddress,
+) -> Result<Vec<VcpuFd>, KvmError> {
+    let supported = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(kvm_error("tell the CPUID that it supports"))?;
+    let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
+    (0..count)
+        .map(|id| {
+            let fd = vm
+                .create_vcpu(u64::from(id))
+                .map_err(kvm_error("create a vCPU"))?;
+            let list = cpuid::for_vcpu(&supported, id, count, tsc_deadline)
+                .map_err(|_| KvmError::Cpuid(id))?;
+            registers::set_up(&fd, id, &list, entry)?;
+            Ok(fd)
+        })
+        .collect()
+}

@@ -1,0 +1,4 @@
+//! What runs the vCPUs.
+
+pub mod emulated;
+pub mod kvm;
