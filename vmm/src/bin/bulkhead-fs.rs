@@ -1,0 +1,45 @@
+//! `bulkhead-fs`: the file server of one pod, started by the shim.
+
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use bulkhead_vmm::fs;
+use clap::Parser;
+
+/// Serves host folders to a guest by FUSE messages over sockets.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// The pod's state folder
+    #[arg(long)]
+    state_dir: PathBuf,
+    /// An inherited SEQPACKET socket to the VMM; one a worker
+    #[arg(long = "worker-fd", required = true)]
+    worker_fds: Vec<RawFd>,
+}
+
+fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .with_target(false)
+        .init();
+    match serve(Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(arguments: Arguments) -> anyhow::Result<()> {
+    let workers =
+        fs::inherited(&arguments.worker_fds).context("taking over the workers' sockets")?;
+    Ok(fs::run(fs::Config {
+        state_dir: arguments.state_dir,
+        workers,
+    })?)
+}

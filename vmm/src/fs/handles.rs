@@ -1,0 +1,114 @@
+//! Open files and folders: handle number to descriptor.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use rustix::io::Errno;
+
+use super::inodes::Inode;
+
+/// An open file or folder.
+pub struct Handle {
+    inode: Arc<Inode>,
+    fd: OwnedFd,
+    position: Mutex<()>,
+}
+
+impl Handle {
+    /// Keeps others from moving the descriptor's position.
+    pub fn lock_position(&self) -> MutexGuard<'_, ()> {
+        self.position.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl AsFd for Handle {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+#[derive(Default)]
+struct Table {
+    open: HashMap<u64, Arc<Handle>>,
+    last: u64,
+}
+
+/// The table of open files and folders.
+pub struct Handles {
+    table: RwLock<Table>,
+    limit: usize,
+}
+
+impl Handles {
+    /// An empty table for at most `limit` handles.
+    pub fn new(limit: usize) -> Self {
+        Self {
+            table: RwLock::default(),
+            limit,
+        }
+    }
+
+    /// Holds `fd`, opened from `inode`, and returns its number.
+    pub fn insert(&self, inode: Arc<Inode>, fd: OwnedFd) -> Result<u64, Errno> {
+        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        if table.open.len() >= self.limit {
+            return Err(Errno::NFILE);
+        }
+        let number = table.last.checked_add(1).ok_or(Errno::NFILE)?;
+        table.last = number;
+        table.open.insert(
+            number,
+            Arc::new(Handle {
+                inode,
+                fd,
+                position: Mutex::new(()),
+            }),
+        );
+        Ok(number)
+    }
+
+    /// The handle `number` if it was opened from the inode `node`.
+    pub fn get(&self, number: u64, node: u64) -> Result<Arc<Handle>, Errno> {
+        let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
+        match table.open.get(&number) {
+            Some(handle) if handle.inode.id == node => Ok(Arc::clone(handle)),
+            _ => Err(Errno::BADF),
+        }
+    }
+
+    /// Closes the handle `number` of the inode `node`.
+    pub fn remove(&self, number: u64, node: u64) -> Result<(), Errno> {
+        self.get(number, node)?;
+        let closed = self
+            .table
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .open
+            .remove(&number);
+        closed.map(drop).ok_or(Errno::BADF)
+    }
+
+    /// Closes the handles of inodes that `gone` picks.
+    pub fn retain(&self, gone: impl Fn(&Inode) -> bool) {
+        let mut closed = Vec::new();
+        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        table.open.retain(|_, handle| {
+            let keep = !gone(&handle.inode);
+            if !keep {
+                closed.push(Arc::clone(handle));
+            }
+            keep
+        });
+        drop(table);
+    }
+
+    /// How many handles are open.
+    pub fn len(&self) -> usize {
+        self.table
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .open
+            .len()
+    }
+}

@@ -1,0 +1,85 @@
+//! System calls without a safe wrapper in the libraries used. All `unsafe` of the file server stands here.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+/// Sets attributes of a detached mount and of all below it, and makes them private.
+pub fn set_mount_attributes(mount: impl AsFd, attributes: u64) -> io::Result<()> {
+    let attr = libc::mount_attr {
+        attr_set: attributes,
+        attr_clr: 0,
+        propagation: libc::MS_PRIVATE,
+        userns_fd: 0,
+    };
+    // SAFETY: the path is a NUL-terminated string and `attr` a live struct whose size is passed; the kernel only
+    // reads both.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_fd().as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
+            &raw const attr,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Sets this thread's file-system user and says whether the kernel took it.
+pub fn set_fsuid(uid: u32) -> bool {
+    // SAFETY: both calls take a number and change only this thread's credentials.
+    unsafe {
+        libc::setfsuid(uid);
+        // -1 is never valid: the call only tells the present one.
+        libc::setfsuid(u32::MAX).cast_unsigned() == uid
+    }
+}
+
+/// Sets this thread's file-system group and says whether the kernel took it.
+pub fn set_fsgid(gid: u32) -> bool {
+    // SAFETY: as above.
+    unsafe {
+        libc::setfsgid(gid);
+        libc::setfsgid(u32::MAX).cast_unsigned() == gid
+    }
+}
+
+/// Parts this thread from what it shares with the process; it keeps its descriptors.
+pub fn unshare(flags: rustix::thread::UnshareFlags) -> io::Result<()> {
+    debug_assert!(!flags.contains(rustix::thread::UnshareFlags::FILES));
+    // SAFETY: the only unsoundness of unshare is with CLONE_FILES, which is never passed.
+    unsafe { rustix::thread::unshare_unsafe(flags) }.map_err(Into::into)
+}
+
+/// Takes over inherited descriptors, each once: sockets of packets, and none of the standard ones.
+pub fn inherited(numbers: &[RawFd]) -> io::Result<Vec<OwnedFd>> {
+    let bad = |number: &RawFd| {
+        *number <= libc::STDERR_FILENO || numbers.iter().filter(|n| *n == number).count() > 1
+    };
+    if numbers.iter().any(bad) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    numbers
+        .iter()
+        .map(|number| {
+            // SAFETY: the number is one the starting process passed for this use, it is none of the standard ones
+            // and stands once in the list, and nothing else of this process has opened or owns it. If it is not
+            // open the next call fails and the descriptor is not closed.
+            let descriptor = unsafe {
+                if libc::fcntl(*number, libc::F_SETFD, libc::FD_CLOEXEC) < 0 {
+                    return Err(io::Error::last_os_error());
+                }
+                OwnedFd::from_raw_fd(*number)
+            };
+            match rustix::net::sockopt::socket_type(&descriptor)? {
+                rustix::net::SocketType::SEQPACKET => Ok(descriptor),
+                _ => Err(io::ErrorKind::InvalidInput.into()),
+            }
+        })
+        .collect()
+}
