@@ -1,0 +1,223 @@
+//! `start`: finds the shim of the pod or makes one, and tells containerd its address (runtime v2, "start").
+
+use std::{
+    env, fs, io,
+    os::{
+        fd::{AsRawFd, FromRawFd, OwnedFd},
+        unix::{
+            net::{UnixListener, UnixStream},
+            process::CommandExt,
+        },
+    },
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use serde_json::json;
+use sha2::{Digest, Sha256};
+
+use crate::{
+    args::Args,
+    config::Config,
+    sandbox::state::{check_id, hex, make_private_dir},
+    spec,
+};
+
+/// The listening socket's number in the daemon.
+const LISTENER_FD: i32 = 3;
+
+/// Why no shim was started.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// An id that cannot be one.
+    #[error(transparent)]
+    Id(#[from] crate::sandbox::state::IdError),
+    /// The bundle's spec.
+    #[error(transparent)]
+    Spec(#[from] spec::Error),
+    /// The pod's shim does not answer.
+    #[error("the shim of pod {pod} does not answer on {path}: {source}")]
+    NoSandbox {
+        /// The pod.
+        pod: String,
+        /// Its socket.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A file or socket.
+    #[error("{path}: {source}")]
+    Path {
+        /// Which one.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The daemon.
+    #[error("starting the shim's daemon: {0}")]
+    Daemon(#[source] io::Error),
+}
+
+/// The socket of a pod's shim: like the Go shims' a hash of containerd's address, namespace and id, in our private
+/// folder.
+pub fn socket_path(state: &Path, address: &str, namespace: &str, pod: &str) -> PathBuf {
+    let name = Path::new(address).join(namespace).join(pod);
+    let hash = Sha256::digest(name.as_os_str().as_encoded_bytes());
+    state.join("s").join(hex(&hash, 32))
+}
+
+/// What `start` prints: JSON where containerd says that it knows version 3 (2.x), else the address alone.
+pub fn answer(socket: &Path, max_version: Option<&str>) -> String {
+    let address = format!("unix://{}", socket.display());
+    match max_version.and_then(|v| v.parse::<u32>().ok()) {
+        Some(version) if version >= 3 => {
+            json!({ "version": 3, "address": address, "protocol": "ttrpc" }).to_string()
+        }
+        _ => address,
+    }
+}
+
+/// The command `start`, with the bundle as working folder: gives back what is to be printed.
+pub fn start(args: &Args, config: &Config) -> Result<String, Error> {
+    check_id("namespace", &args.namespace)?;
+    check_id("id", &args.id)?;
+    let max_version = env::var("MAX_SHIM_VERSION").ok();
+    let sandbox = spec::sandbox_of(Path::new("."), &args.id)?;
+    let pod = sandbox.as_deref().unwrap_or(&args.id);
+    check_id("sandbox-id", pod)?;
+    let socket = socket_path(&config.state, &args.address, &args.namespace, pod);
+    match UnixStream::connect(&socket) {
+        // The shim is there: it serves this container as well.
+        Ok(_) => {}
+        Err(source) if sandbox.is_some() => {
+            return Err(Error::NoSandbox {
+                pod: pod.into(),
+                path: socket,
+                source,
+            });
+        }
+        Err(_) => spawn_daemon(args, &config.state, &socket)?,
+    }
+    write_address(&socket)?;
+    Ok(answer(&socket, max_version.as_deref()))
+}
+
+fn spawn_daemon(args: &Args, state: &Path, socket: &Path) -> Result<(), Error> {
+    let path_error = |path: &Path| {
+        let path = path.to_owned();
+        move |source| Error::Path { path, source }
+    };
+    make_private_dir(state).map_err(path_error(state))?;
+    let folder = state.join("s");
+    make_private_dir(&folder).map_err(path_error(&folder))?;
+    remove_socket(socket).map_err(path_error(socket))?;
+    let listener = UnixListener::bind(socket).map_err(path_error(socket))?;
+    let daemon = spawn_with(&listener, args);
+    if daemon.is_err() {
+        let _ = fs::remove_file(socket);
+    }
+    daemon.map_err(Error::Daemon)
+}
+
+/// Our own executable again, detached, with the listening socket as descriptor 3.
+fn spawn_with(listener: &UnixListener, args: &Args) -> io::Result<()> {
+    let exe = env::current_exe()?;
+    let fd = listener.as_raw_fd();
+    let mut command = Command::new(exe);
+    command
+        .args(["-namespace", &args.namespace, "-id", &args.id])
+        .args(["-address", &args.address])
+        .args(["-publish-binary", &args.publish_binary])
+        .args(args.debug.then_some("-debug"))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    // SAFETY: between fork and exec only system calls are made; `fd` is the listener, open until `spawn` returns,
+    // and 3 is free for us in the child.
+    unsafe {
+        command.pre_exec(move || {
+            rustix::process::setsid()?;
+            let done = if fd == LISTENER_FD {
+                libc::fcntl(fd, libc::F_SETFD, 0)
+            } else {
+                libc::dup2(fd, LISTENER_FD)
+            };
+            if done < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            libc::close_range(4, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC as _);
+            Ok(())
+        });
+    }
+    // Not waited for: it outlives us.
+    command.spawn().map(drop)
+}
+
+/// The daemon's listening socket, from descriptor 3.
+pub fn inherited_listener() -> io::Result<UnixListener> {
+    // SAFETY: F_GETFD only asks; a number that is not open gives EBADF.
+    if unsafe { libc::fcntl(LISTENER_FD, libc::F_GETFD) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is open, and nothing else in this process owns it: this is called once, first.
+    let fd = unsafe { OwnedFd::from_raw_fd(LISTENER_FD) };
+    rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)?;
+    Ok(fd.into())
+}
+
+/// containerd 1.6 reads the address from the bundle when it comes back.
+fn write_address(socket: &Path) -> Result<(), Error> {
+    let text = format!("unix://{}", socket.display());
+    let temporary = Path::new(".address");
+    fs::write(temporary, text)
+        .and_then(|()| fs::rename(temporary, "address"))
+        .map_err(|source| Error::Path {
+            path: "address".into(),
+            source,
+        })
+}
+
+/// Removes a socket; it is no error that it is gone.
+pub fn remove_socket(socket: &Path) -> io::Result<()> {
+    match fs::remove_file(socket) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_address_depends_on_containerd_namespace_and_pod() {
+        let path = |a, n, p| socket_path(Path::new("/run/bulkhead"), a, n, p);
+        let one = path("/run/containerd/containerd.sock", "default", "web");
+        assert!(one.starts_with("/run/bulkhead/s") && one.as_os_str().len() < 108);
+        assert_ne!(one, path("/run/other.sock", "default", "web"));
+        assert_ne!(
+            one,
+            path("/run/containerd/containerd.sock", "k8s.io", "web")
+        );
+        assert_ne!(
+            one,
+            path("/run/containerd/containerd.sock", "default", "db")
+        );
+        assert_eq!(
+            one,
+            path("/run/containerd/containerd.sock", "default", "web")
+        );
+    }
+
+    #[test]
+    fn the_answer_is_an_address_for_1_x_and_json_for_2_x() {
+        let socket = Path::new("/run/bulkhead/s/abc");
+        for version in [None, Some("2"), Some("x")] {
+            assert_eq!(answer(socket, version), "unix:///run/bulkhead/s/abc");
+        }
+        let value: serde_json::Value = serde_json::from_str(&answer(socket, Some("3"))).unwrap();
+        let expected =
+            json!({ "version": 3, "address": "unix:///run/bulkhead/s/abc", "protocol": "ttrpc" });
+        assert_eq!(value, expected);
+    }
+}

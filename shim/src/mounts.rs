@@ -1,0 +1,390 @@
+//! From containerd's mounts to trees: what of the host a container gets, as detached mounts for the file server.
+//!
+//! Pure planning, except for [`Tree::open`]: it clones the mount of a path (`open_tree`), so that nothing appears in
+//! the host's mount table.
+
+use std::{
+    fs, io,
+    os::{fd::OwnedFd, unix::fs::FileTypeExt},
+    path::{Path, PathBuf},
+};
+
+use bulkhead_protocol::agent::Rootfs;
+use containerd_shim_protos::types::mount::Mount;
+use rustix::mount::{OpenTreeFlags, open_tree};
+use serde_json::Value;
+
+use crate::spec::Spec;
+
+/// Where the agent mounts the trees.
+const GUEST_TREES: &str = "/run/bulkhead/trees";
+/// Most trees of one container (overlayfs takes 500 layers).
+const TREES_MAX: usize = 600;
+/// Mount types that name nothing of the host.
+const GUEST_TYPES: [&str; 12] = [
+    "proc",
+    "sysfs",
+    "tmpfs",
+    "ramfs",
+    "devpts",
+    "mqueue",
+    "cgroup",
+    "cgroup2",
+    "securityfs",
+    "debugfs",
+    "tracefs",
+    "bpf",
+];
+
+/// Why a mount is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A mount that cannot be made.
+    #[error("{field}: {why}")]
+    Field {
+        /// Which mount, and which part of it.
+        field: String,
+        /// What is wrong, and what to do.
+        why: String,
+    },
+    /// A kind of mount there is not.
+    #[error("{field}: {why}")]
+    Unsupported {
+        /// Which mount.
+        field: String,
+        /// What is not there.
+        why: String,
+    },
+    /// The host refuses.
+    #[error("opening {path} for the file server: {source}")]
+    Open {
+        /// Which path.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// Something of the host that the file server serves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tree {
+    /// Its id, unique in the pod.
+    pub id: String,
+    /// The folder or file.
+    pub path: PathBuf,
+    /// Enforced by the file server.
+    pub readonly: bool,
+    /// With the mounts below it.
+    pub recursive: bool,
+}
+
+impl Tree {
+    /// Clones the mount.
+    pub fn open(&self) -> Result<OwnedFd, Error> {
+        let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        if self.recursive {
+            flags |= OpenTreeFlags::AT_RECURSIVE;
+        }
+        open_tree(rustix::fs::CWD, &self.path, flags).map_err(|e| Error::Open {
+            path: self.path.clone(),
+            source: e.into(),
+        })
+    }
+}
+
+/// The trees of a container and its rootfs made of them.
+#[derive(Debug, Default)]
+pub struct Plan {
+    /// What is to be served.
+    pub trees: Vec<Tree>,
+    /// Layers by tree-relative paths.
+    pub rootfs: Rootfs,
+}
+
+impl Plan {
+    /// Plans rootfs and bind mounts, and rewrites the sources in `spec`. Trees get numbers from `first` on.
+    pub fn new(rootfs: &[Mount], spec: &mut Spec, first: u64) -> Result<Self, Error> {
+        let mut plan = Planner {
+            trees: Vec::new(),
+            next: first,
+        };
+        let rootfs = plan.rootfs(rootfs, spec)?;
+        plan.binds(spec)?;
+        Ok(Self {
+            trees: plan.trees,
+            rootfs,
+        })
+    }
+}
+
+struct Planner {
+    trees: Vec<Tree>,
+    next: u64,
+}
+
+impl Planner {
+    fn add(
+        &mut self,
+        field: &str,
+        path: &Path,
+        readonly: bool,
+        recursive: bool,
+    ) -> Result<String, Error> {
+        if self.trees.len() >= TREES_MAX {
+            return Err(bad(field, "more trees than a container may have"));
+        }
+        let id = format!("t{}", self.next);
+        self.next = self.next.saturating_add(1);
+        self.trees.push(Tree {
+            id: id.clone(),
+            path: path.to_owned(),
+            readonly,
+            recursive,
+        });
+        Ok(id)
+    }
+
+    fn rootfs(&mut self, mounts: &[Mount], spec: &Spec) -> Result<Rootfs, Error> {
+        match mounts {
+            [] => self.bundle_rootfs(spec),
+            [mount] if !mount.target.is_empty() => Err(unsupported(
+                "rootfs",
+                format!(
+                    "a mount at {:?} in the rootfs is not supported",
+                    mount.target
+                ),
+            )),
+            [mount] => match mount.type_.as_str() {
+                "bind" => self.single(mount),
+                "overlay" => self.overlay(mount),
+                other => Err(unsupported(
+                    "rootfs",
+                    format!(
+                        "mount type {other:?} is not supported; use the overlayfs or native snapshotter"
+                    ),
+                )),
+            },
+            _ => Err(unsupported(
+                "rootfs",
+                format!(
+                    "{} mounts are not supported; use the overlayfs or native snapshotter",
+                    mounts.len()
+                ),
+            )),
+        }
+    }
+
+    /// No mounts: the bundle's own folder, which must hold something.
+    fn bundle_rootfs(&mut self, spec: &Spec) -> Result<Rootfs, Error> {
+        let path = &spec.root;
+        let mut entries = fs::read_dir(path).map_err(|e| {
+            bad(
+                "rootfs",
+                format!("no mounts were given, and {}: {e}", path.display()),
+            )
+        })?;
+        if entries.next().is_none() {
+            return Err(bad(
+                "rootfs",
+                format!("no mounts were given, and {} is empty", path.display()),
+            ));
+        }
+        // A read-only root is the agent's mount flag; the tree as well, so that it holds outside the guest.
+        let id = self.add("rootfs", path, spec.root_readonly, true)?;
+        Ok(single(id, spec.root_readonly))
+    }
+
+    fn single(&mut self, mount: &Mount) -> Result<Rootfs, Error> {
+        let path = Path::new(&mount.source);
+        check_dir("rootfs", path)?;
+        let readonly = mount.options.iter().any(|o| o == "ro");
+        let recursive = mount.options.iter().any(|o| o == "rbind");
+        let id = self.add("rootfs", path, readonly, recursive)?;
+        Ok(single(id, readonly))
+    }
+
+    fn overlay(&mut self, mount: &Mount) -> Result<Rootfs, Error> {
+        let (mut lower, mut upper, mut work) = (Vec::new(), None, None);
+        let mut rootfs = Rootfs::new();
+        for option in &mount.options {
+            match option.split_once('=') {
+                Some(("lowerdir", value)) => lower = split_lower(value),
+                Some(("upperdir", value)) => upper = Some(PathBuf::from(value)),
+                Some(("workdir", value)) => work = Some(PathBuf::from(value)),
+                _ => rootfs.options.push(option.clone()),
+            }
+        }
+        if lower.is_empty() {
+            return Err(bad("rootfs", "the overlay mount has no lowerdir"));
+        }
+        for path in &lower {
+            check_dir("rootfs.lowerdir", path)?;
+            let id = self.add("rootfs.lowerdir", path, true, false)?;
+            rootfs.lower.push(id);
+        }
+        match (upper, work) {
+            (None, None) => {}
+            (Some(upper), Some(work)) => {
+                check_dir("rootfs.upperdir", &upper)?;
+                check_dir("rootfs.workdir", &work)?;
+                let (parent, upper_name) = split_last("rootfs.upperdir", &upper)?;
+                let (work_parent, work_name) = split_last("rootfs.workdir", &work)?;
+                // overlayfs renames from work to upper: both must be in one mount.
+                if parent != work_parent {
+                    return Err(unsupported(
+                        "rootfs",
+                        format!(
+                            "upperdir {} and workdir {} are not in one folder",
+                            upper.display(),
+                            work.display()
+                        ),
+                    ));
+                }
+                let id = self.add("rootfs.upperdir", parent, false, false)?;
+                rootfs.upper = format!("{id}/{upper_name}");
+                rootfs.work = format!("{id}/{work_name}");
+            }
+            _ => {
+                return Err(bad(
+                    "rootfs",
+                    "upperdir and workdir come together or not at all",
+                ));
+            }
+        }
+        Ok(rootfs)
+    }
+
+    fn binds(&mut self, spec: &mut Spec) -> Result<(), Error> {
+        let mounts = spec.value.get_mut("mounts").and_then(Value::as_array_mut);
+        for (index, mount) in mounts.into_iter().flatten().enumerate() {
+            let destination = text(mount, "destination");
+            let field = format!("mounts[{index}] ({destination})");
+            let options: Vec<&str> = mount
+                .get("options")
+                .and_then(Value::as_array)
+                .map(|list| list.iter().filter_map(Value::as_str).collect())
+                .unwrap_or_default();
+            let kind = text(mount, "type");
+            let recursive = options.contains(&"rbind");
+            if kind != "bind" && !recursive && !options.contains(&"bind") {
+                if !GUEST_TYPES.contains(&kind) {
+                    return Err(unsupported(
+                        &field,
+                        format!("mount type {kind:?} is not supported"),
+                    ));
+                }
+                continue;
+            }
+            // As mount(8): the last of both counts.
+            let readonly = options
+                .iter()
+                .rfind(|o| matches!(**o, "ro" | "rw" | "rro"))
+                .is_some_and(|o| *o != "rw");
+            let source = PathBuf::from(text(mount, "source"));
+            check_source(&format!("{field}.source"), &source)?;
+            let id = self.add(&field, &source, readonly, recursive)?;
+            if let Some(mount) = mount.as_object_mut() {
+                mount.insert("source".into(), format!("{GUEST_TREES}/{id}").into());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// One read-only lower layer is a read-only bind for the agent.
+fn single(id: String, readonly: bool) -> Rootfs {
+    let mut rootfs = Rootfs::new();
+    if readonly {
+        rootfs.lower.push(id);
+    } else {
+        rootfs.bind = id;
+    }
+    rootfs
+}
+
+/// Splits `lowerdir=` at colons; a backslash makes the next character ordinary (overlayfs's own rule).
+fn split_lower(value: &str) -> Vec<PathBuf> {
+    let mut list = Vec::new();
+    let mut current = String::new();
+    let mut chars = value.chars();
+    while let Some(c) = chars.next() {
+        match c {
+            '\\' => current.extend(chars.next()),
+            ':' => list.push(std::mem::take(&mut current)),
+            _ => current.push(c),
+        }
+    }
+    list.push(current);
+    list.into_iter()
+        .filter(|path| !path.is_empty())
+        .map(PathBuf::from)
+        .collect()
+}
+
+fn split_last<'a>(field: &str, path: &'a Path) -> Result<(&'a Path, &'a str), Error> {
+    match (path.parent(), path.file_name().and_then(|n| n.to_str())) {
+        (Some(parent), Some(name)) if parent != Path::new("/") => Ok((parent, name)),
+        _ => Err(bad(
+            field,
+            format!("{} has no folder of its own", path.display()),
+        )),
+    }
+}
+
+fn check_dir(field: &str, path: &Path) -> Result<(), Error> {
+    check_source(field, path)?;
+    if path.is_dir() {
+        return Ok(());
+    }
+    Err(bad(field, format!("{} is not a folder", path.display())))
+}
+
+fn check_source(field: &str, path: &Path) -> Result<(), Error> {
+    if !path.is_absolute() {
+        return Err(bad(
+            field,
+            format!("{:?} is not an absolute path", path.display().to_string()),
+        ));
+    }
+    let kind = fs::metadata(path)
+        .map_err(|e| bad(field, format!("{}: {e}", path.display())))?
+        .file_type();
+    let name = if kind.is_socket() {
+        "a socket"
+    } else if kind.is_fifo() {
+        "a fifo"
+    } else if kind.is_char_device() || kind.is_block_device() {
+        "a device"
+    } else {
+        return Ok(());
+    };
+    Err(unsupported(
+        field,
+        format!(
+            "{} is {name}: only folders and files reach the guest",
+            path.display()
+        ),
+    ))
+}
+
+fn text<'a>(mount: &'a Value, key: &str) -> &'a str {
+    mount.get(key).and_then(Value::as_str).unwrap_or_default()
+}
+
+fn bad(field: &str, why: impl Into<String>) -> Error {
+    Error::Field {
+        field: field.into(),
+        why: why.into(),
+    }
+}
+
+fn unsupported(field: &str, why: impl Into<String>) -> Error {
+    Error::Unsupported {
+        field: field.into(),
+        why: why.into(),
+    }
+}
+
+#[cfg(test)]
+#[path = "mounts_tests.rs"]
+mod tests;

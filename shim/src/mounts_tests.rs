@@ -1,0 +1,148 @@
+use serde_json::json;
+
+use super::*;
+
+fn bundle(mounts: Value) -> (tempfile::TempDir, Spec) {
+    let dir = tempfile::tempdir().unwrap();
+    let spec = json!({
+        "process": { "args": ["sh"] }, "mounts": mounts,
+        "linux": { "namespaces": [{ "type": "network" }] }
+    });
+    fs::write(dir.path().join("config.json"), spec.to_string()).unwrap();
+    let spec = Spec::load(dir.path()).unwrap();
+    (dir, spec)
+}
+
+fn mount(kind: &str, source: &str, options: &[String]) -> Mount {
+    let mut mount = Mount::new();
+    mount.type_ = kind.into();
+    mount.source = source.into();
+    mount.options = options.to_vec();
+    mount
+}
+
+fn layers(dir: &Path) -> (String, Vec<String>) {
+    let path = |name: &str| {
+        let path = dir.join(name);
+        fs::create_dir_all(&path).unwrap();
+        path.display().to_string()
+    };
+    let options = vec![
+        format!("workdir={}", path("7/work")),
+        format!("upperdir={}", path("7/fs")),
+        format!("lowerdir={}:{}", path("6/fs"), path("5/fs")),
+        "index=off".into(),
+    ];
+    (path("7"), options)
+}
+
+#[test]
+fn an_overlay_becomes_read_only_layers_and_one_tree_for_upper_and_work() {
+    let (dir, mut spec) = bundle(json!([]));
+    let (parent, options) = layers(dir.path());
+    let plan = Plan::new(&[mount("overlay", "overlay", &options)], &mut spec, 4).unwrap();
+    assert_eq!(plan.rootfs.lower, ["t4", "t5"]);
+    assert_eq!(
+        (plan.rootfs.upper.as_str(), plan.rootfs.work.as_str()),
+        ("t6/fs", "t6/work")
+    );
+    assert_eq!(plan.rootfs.options, ["index=off"]);
+    assert!(plan.trees[0].readonly && plan.trees[1].readonly);
+    assert!(plan.trees[0].path.ends_with("6/fs"), "topmost first");
+    assert!(!plan.trees[2].readonly);
+    assert_eq!(plan.trees[2].path, Path::new(&parent));
+}
+
+#[test]
+fn upper_and_work_in_different_folders_are_refused() {
+    let (dir, mut spec) = bundle(json!([]));
+    let (_, mut options) = layers(dir.path());
+    let elsewhere = dir.path().join("8/work");
+    fs::create_dir_all(&elsewhere).unwrap();
+    options[0] = format!("workdir={}", elsewhere.display());
+    let error = Plan::new(&[mount("overlay", "overlay", &options)], &mut spec, 0).unwrap_err();
+    assert!(error.to_string().contains("not in one folder"), "{error}");
+}
+
+#[test]
+fn a_single_bind_is_writable_unless_it_says_ro() {
+    let (dir, mut spec) = bundle(json!([]));
+    let path = dir.path().display().to_string();
+    let rw = mount("bind", &path, &["rbind".into(), "rw".into()]);
+    let plan = Plan::new(&[rw], &mut spec, 0).unwrap();
+    assert_eq!(plan.rootfs.bind, "t0");
+    let ro = mount("bind", &path, &["rbind".into(), "ro".into()]);
+    let plan = Plan::new(&[ro], &mut spec, 0).unwrap();
+    assert_eq!(plan.rootfs.lower, ["t0"]);
+    assert!(plan.trees[0].readonly);
+}
+
+#[test]
+fn an_empty_rootfs_and_unknown_kinds_are_refused_by_name() {
+    let (dir, mut spec) = bundle(json!([]));
+    let error = Plan::new(&[], &mut spec, 0).unwrap_err().to_string();
+    assert!(error.starts_with("rootfs: no mounts were given"), "{error}");
+    fs::create_dir(dir.path().join("rootfs")).unwrap();
+    let error = Plan::new(&[], &mut spec, 0).unwrap_err().to_string();
+    assert!(error.ends_with("rootfs is empty"), "{error}");
+    let erofs = mount("erofs", "/x.img", &[]);
+    let error = Plan::new(&[erofs], &mut spec, 0).unwrap_err().to_string();
+    assert!(error.contains("\"erofs\" is not supported"), "{error}");
+    fs::create_dir(dir.path().join("rootfs/bin")).unwrap();
+    assert_eq!(Plan::new(&[], &mut spec, 0).unwrap().rootfs.bind, "t0");
+}
+
+#[test]
+fn bind_mounts_become_trees_and_the_guests_own_pass_through() {
+    let host = tempfile::tempdir().unwrap();
+    let source = host.path().display().to_string();
+    let (dir, mut spec) = bundle(json!([
+        { "destination": "/proc", "type": "proc", "source": "proc" },
+        { "destination": "/data", "type": "bind", "source": source, "options": ["rbind", "ro"] },
+        { "destination": "/w", "type": "none", "source": source, "options": ["bind", "ro", "rw"] }
+    ]));
+    fs::create_dir_all(dir.path().join("rootfs/bin")).unwrap();
+    let plan = Plan::new(&[], &mut spec, 0).unwrap();
+    let trees = &plan.trees[1..];
+    assert_eq!(trees.len(), 2);
+    assert!(trees[0].readonly && trees[0].recursive);
+    assert!(!trees[1].readonly && !trees[1].recursive);
+    assert_eq!(spec.value["mounts"][0]["source"], "proc");
+    assert_eq!(spec.value["mounts"][1]["source"], "/run/bulkhead/trees/t1");
+    assert_eq!(spec.value["mounts"][2]["source"], "/run/bulkhead/trees/t2");
+}
+
+#[test]
+fn sources_that_are_missing_devices_or_other_file_systems_are_refused_with_their_index() {
+    for (mount, why) in [
+        (
+            json!({ "destination": "/d", "type": "bind", "source": "/no/such" }),
+            "mounts[0] (/d).source: /no/such: No such file",
+        ),
+        (
+            json!({ "destination": "/d", "type": "bind", "source": "/dev/null" }),
+            "is a device",
+        ),
+        (
+            json!({ "destination": "/d", "type": "bind", "source": "x" }),
+            "not an absolute path",
+        ),
+        (
+            json!({ "destination": "/d", "type": "ext4", "source": "/dev/sda" }),
+            "mount type \"ext4\"",
+        ),
+    ] {
+        let (dir, mut spec) = bundle(json!([mount]));
+        fs::create_dir_all(dir.path().join("rootfs/bin")).unwrap();
+        let error = Plan::new(&[], &mut spec, 0).unwrap_err().to_string();
+        assert!(error.contains(why), "{error}");
+    }
+}
+
+#[test]
+fn a_colon_in_a_layers_path_can_be_escaped() {
+    assert_eq!(
+        split_lower("/a\\:b:/c"),
+        [PathBuf::from("/a:b"), PathBuf::from("/c")]
+    );
+}

@@ -1,0 +1,231 @@
+//! What the shim and the VMM tell each other in files: `machine.json` and `exit.json`.
+
+use std::{
+    fmt, fs,
+    io::{self, Read},
+    os::{fd::AsRawFd, unix::process::ExitStatusExt},
+    path::Path,
+    process::ExitStatus,
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::state::write_private;
+use crate::config::{Config, Engine};
+
+/// Longest `exit.json` that is read.
+const EXIT_MAX: u64 = 64 * 1024;
+/// Console bytes that an error quotes.
+const QUOTE_MAX: usize = 600;
+
+/// vCPUs and memory of a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Size {
+    /// vCPUs.
+    pub vcpus: u64,
+    /// Memory in MiB.
+    pub memory_mib: u64,
+}
+
+#[derive(Serialize)]
+struct Machine<'a> {
+    engine: Engine,
+    kernel: &'a Path,
+    initramfs: &'a Path,
+    vcpus: u64,
+    memory_mib: u64,
+    qemu: &'a str,
+    vsock: Vsock,
+    fs: Fs,
+    blocks: [(); 0],
+}
+
+#[derive(Serialize)]
+struct Vsock {
+    cid: u32,
+}
+
+#[derive(Serialize)]
+struct Fs {
+    tag: &'static str,
+    worker_fds: Vec<i32>,
+}
+
+/// Writes `machine.json`.
+pub fn write_machine(
+    dir: &Path,
+    config: &Config,
+    size: Size,
+    workers: &[impl AsRawFd],
+) -> io::Result<()> {
+    let machine = Machine {
+        engine: config.engine,
+        kernel: &config.kernel,
+        initramfs: &config.initramfs,
+        vcpus: size.vcpus,
+        memory_mib: size.memory_mib,
+        qemu: &config.qemu,
+        vsock: Vsock { cid: 3 },
+        fs: Fs {
+            tag: "pod",
+            worker_fds: workers.iter().map(AsRawFd::as_raw_fd).collect(),
+        },
+        blocks: [],
+    };
+    let text = serde_json::to_string(&machine).map_err(io::Error::other)?;
+    write_private(&dir.join("machine.json"), &text)
+}
+
+/// Why a machine is no more.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct End {
+    /// A word of the list in `docs/architecture.md`, or ours.
+    pub reason: String,
+    /// One line.
+    #[serde(default)]
+    pub detail: String,
+    /// The console's last bytes.
+    #[serde(default)]
+    pub console: String,
+}
+
+impl End {
+    /// Reads `exit.json`; without one, the exit status tells.
+    pub fn read(dir: &Path, status: io::Result<ExitStatus>) -> Self {
+        if let Ok(end) = Self::read_file(&dir.join("exit.json")) {
+            return end;
+        }
+        let log = last_line(&dir.join("vmm.log"));
+        let detail = match status {
+            Ok(status) => match (status.signal(), status.code()) {
+                (Some(signal), _) => format!("bulkhead-vmm was killed by signal {signal}"),
+                (_, Some(code)) => format!("bulkhead-vmm exited with code {code} {log}"),
+                _ => "bulkhead-vmm is gone".into(),
+            },
+            Err(e) => format!("bulkhead-vmm cannot be waited for: {e}"),
+        };
+        Self {
+            reason: "vmm-died".into(),
+            detail: detail.trim_end().into(),
+            console: String::new(),
+        }
+    }
+
+    fn read_file(file: &Path) -> io::Result<Self> {
+        let mut text = Vec::new();
+        fs::File::open(file)?
+            .take(EXIT_MAX)
+            .read_to_end(&mut text)?;
+        serde_json::from_slice(&text).map_err(io::Error::other)
+    }
+
+    /// Whether it ended as asked.
+    pub fn is_orderly(&self) -> bool {
+        matches!(self.reason.as_str(), "stopped" | "guest-shutdown")
+    }
+}
+
+/// `reason: detail; console: last lines`, without control characters.
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.reason)?;
+        if !self.detail.is_empty() {
+            write!(f, ": {}", printable(&self.detail, QUOTE_MAX))?;
+        }
+        if !self.console.is_empty() && !self.is_orderly() {
+            write!(f, "; console: {}", printable(&self.console, QUOTE_MAX))?;
+        }
+        Ok(())
+    }
+}
+
+/// The last `max` bytes of `text` in one line; the guest wrote it, so no control characters pass.
+pub fn printable(text: &str, max: usize) -> String {
+    let mut start = text.len().saturating_sub(max);
+    while !text.is_char_boundary(start) {
+        start = start.saturating_add(1);
+    }
+    let tail = text.get(start..).unwrap_or_default();
+    tail.lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty())
+        .map(|line| {
+            line.chars()
+                .map(|c| if c.is_control() { '?' } else { c })
+                .collect::<String>()
+        })
+        .collect::<Vec<_>>()
+        .join(" | ")
+}
+
+fn last_line(file: &Path) -> String {
+    let Ok(mut file) = fs::File::open(file) else {
+        return String::new();
+    };
+    let mut text = Vec::new();
+    let _ = (&mut file).take(EXIT_MAX).read_to_end(&mut text);
+    let text = String::from_utf8_lossy(&text);
+    text.lines()
+        .rfind(|l| !l.trim().is_empty())
+        .map(|l| format!("({})", printable(l, 300)))
+        .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn machine_json_has_the_documented_keys_and_no_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = Config::parse("", Path::new("/c"), Path::new("/opt")).unwrap();
+        let size = Size {
+            vcpus: 2,
+            memory_mib: 256,
+        };
+        let fds = [std::fs::File::open("/dev/null").unwrap()];
+        write_machine(dir.path(), &config, size, &fds).unwrap();
+        let text = fs::read_to_string(dir.path().join("machine.json")).unwrap();
+        let value: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let expected = serde_json::json!({
+            "engine": "kvm", "kernel": "/opt/vmlinux", "initramfs": "/opt/initramfs.cpio", "vcpus": 2,
+            "memory_mib": 256, "qemu": "qemu-system-x86_64", "vsock": { "cid": 3 },
+            "fs": { "tag": "pod", "worker_fds": [fds[0].as_raw_fd()] }, "blocks": []
+        });
+        assert_eq!(value, expected);
+    }
+
+    #[test]
+    fn an_end_quotes_reason_panic_line_and_console_without_control_characters() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(
+            dir.path().join("exit.json"),
+            r#"{"reason":"guest-panic","detail":"Kernel panic - not syncing: sysrq","console":"a\n\u001b[31mb\n"}"#,
+        )
+        .unwrap();
+        let end = End::read(dir.path(), Ok(ExitStatus::from_raw(256)));
+        assert_eq!(
+            end.to_string(),
+            "guest-panic: Kernel panic - not syncing: sysrq; console: a | ?[31mb"
+        );
+    }
+
+    #[test]
+    fn without_exit_json_the_signal_tells() {
+        let dir = tempfile::tempdir().unwrap();
+        let end = End::read(dir.path(), Ok(ExitStatus::from_raw(9)));
+        assert_eq!(
+            end.to_string(),
+            "vmm-died: bulkhead-vmm was killed by signal 9"
+        );
+        fs::write(dir.path().join("vmm.log"), "one\nlast words\n").unwrap();
+        let end = End::read(dir.path(), Ok(ExitStatus::from_raw(256)));
+        assert!(end.to_string().ends_with("code 1 (last words)"), "{end}");
+    }
+
+    #[test]
+    fn a_long_console_is_cut_at_a_character() {
+        let text = "ü".repeat(1000);
+        assert!(printable(&text, 601).len() <= 601);
+    }
+}

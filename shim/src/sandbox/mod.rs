@@ -1,0 +1,481 @@
+//! The pod: one machine, its file server, its state folder and the way to its agent.
+//!
+//! ```text
+//!   start ── ready ──► running ── end ──► ended ──► gone (no process, no folder)
+//!     └────── end before ready ─────────────┘
+//! ```
+//!
+//! One task watches the two children. Whatever ends the machine (a stop, a panic, `kill -9`), everybody learns it
+//! from the same `watch` channel, with the reason.
+
+pub mod control;
+pub mod machine;
+pub mod spawn;
+pub mod state;
+pub mod vsock;
+
+use std::{
+    io,
+    os::fd::{AsRawFd, OwnedFd},
+    path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use bulkhead_protocol::{
+    agent,
+    agent_ttrpc::AgentClient,
+    limits::{AGENT_PORT, READY_PORT},
+};
+use tokio::{
+    net::UnixListener,
+    process::Child,
+    sync::watch,
+    time::{sleep, timeout},
+};
+use ttrpc::context::{self, Context};
+
+use self::{
+    machine::{End, Size},
+    state::{Owner, ProcessId},
+};
+use crate::{
+    config::{Config, Engine},
+    mounts::Tree,
+};
+
+/// How long a machine may take until its agent is ready.
+const READY_KVM: Duration = Duration::from_secs(60);
+/// The same, with software as CPU.
+const READY_EMULATED: Duration = Duration::from_secs(120);
+/// How long the guest may take to power off before it is stopped from outside.
+const POWER_OFF: Duration = Duration::from_secs(3);
+/// How long the VMM may take to see that its file server is gone.
+const FS_DEATH: Duration = Duration::from_millis(800);
+
+/// Why a pod does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// An id that cannot be part of a path.
+    #[error(transparent)]
+    Id(#[from] state::IdError),
+    /// There is one already.
+    #[error("pod {0} exists already")]
+    Exists(String),
+    /// The state folder.
+    #[error("state folder {path}: {source}")]
+    State {
+        /// Which file or folder.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A helper does not start.
+    #[error("starting {program}: {source}")]
+    Spawn {
+        /// Which one.
+        program: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The machine ended.
+    #[error("the pod's machine ended: {0}")]
+    Ended(Arc<End>),
+    /// The agent did not call.
+    #[error("the agent was not ready after {seconds} s; console: {console}")]
+    NotReady {
+        /// The limit.
+        seconds: u64,
+        /// What the machine last said.
+        console: String,
+    },
+    /// The agent cannot be reached.
+    #[error("connecting to the agent: {0}")]
+    Agent(#[source] io::Error),
+    /// Shim and agent are of different builds.
+    #[error(
+        "the agent in the initramfs has version {0:?}, the shim {ours}: install one build of both",
+        ours = bulkhead_protocol::VERSION
+    )]
+    Version(String),
+    /// VMM or file server.
+    #[error(transparent)]
+    Control(#[from] control::Error),
+    /// A tree.
+    #[error(transparent)]
+    Mount(#[from] crate::mounts::Error),
+}
+
+/// How far the machine has come to its end.
+#[derive(Clone, Debug)]
+enum Life {
+    Runs,
+    Ended(Arc<End>),
+    Gone(Arc<End>),
+}
+
+/// A pod.
+pub struct Pod {
+    name: String,
+    dir: PathBuf,
+    vmm: ProcessId,
+    agent: OnceLock<AgentClient>,
+    control: control::Client,
+    files: control::Client,
+    life: watch::Receiver<Life>,
+    ready_limit: Duration,
+}
+
+impl Pod {
+    /// Makes the state folder and starts the machine; the guest boots while the caller goes on.
+    pub fn start(
+        config: &Config,
+        namespace: &str,
+        id: &str,
+        bundle: &Path,
+        size: Size,
+    ) -> Result<(Arc<Self>, UnixListener), Error> {
+        let dir = state::pod_dir(&config.state, namespace, id)?;
+        let name = format!("{namespace}/{id}");
+        clear_stale(&dir, &name)?;
+        state::make_private_dir(&dir).map_err(state_error(&dir))?;
+        let started = Self::start_in(config, name, &dir, bundle, size);
+        if started.is_err() {
+            state::kill_children(&dir);
+            let _ = state::remove_dir(&dir);
+        }
+        started
+    }
+
+    fn start_in(
+        config: &Config,
+        name: String,
+        dir: &Path,
+        bundle: &Path,
+        size: Size,
+    ) -> Result<(Arc<Self>, UnixListener), Error> {
+        if config.engine == Engine::Emulated {
+            tracing::warn!(
+                "engine \"emulated\": the guest runs on a software CPU, which is no wall"
+            );
+        }
+        let owner = ProcessId::of(std::process::id() as i32).zip(state::bundle_inode(bundle));
+        if let Some((shim, bundle)) = owner {
+            let owner = Owner { shim, bundle };
+            owner.save(dir).map_err(state_error(dir))?;
+        }
+        let socket = dir.join(format!("vsock.sock_{READY_PORT}"));
+        let ready = UnixListener::bind(&socket).map_err(state_error(&socket))?;
+        let (for_vmm, for_fs) = spawn::fs_channels().map_err(state_error(dir))?;
+        machine::write_machine(dir, config, size, &for_vmm).map_err(state_error(dir))?;
+        let (vmm, vmm_id) = child(&config.vmm, dir, "vmm", &for_vmm, Vec::new())?;
+        let workers = for_fs
+            .iter()
+            .flat_map(|fd| ["--worker-fd".to_owned(), fd.as_raw_fd().to_string()])
+            .collect();
+        let (fs, fs_id) = match child(&config.fs, dir, "fs", &for_fs, workers) {
+            Ok(started) => started,
+            Err(error) => {
+                // Not left to the caller: without a wait the child would stay as a zombie.
+                vmm_id.kill_session();
+                tokio::spawn(async move {
+                    let mut vmm = vmm;
+                    vmm.wait().await
+                });
+                return Err(error);
+            }
+        };
+        let (tx, life) = watch::channel(Life::Runs);
+        tokio::spawn(watch_children(
+            (vmm, vmm_id),
+            (fs, fs_id),
+            dir.to_owned(),
+            tx,
+        ));
+        let pod = Self {
+            name,
+            dir: dir.to_owned(),
+            vmm: vmm_id,
+            agent: OnceLock::new(),
+            control: control::Client::new(dir.join("control.sock")),
+            files: control::Client::new(dir.join("fs.sock")),
+            life,
+            ready_limit: match config.engine {
+                Engine::Kvm => READY_KVM,
+                Engine::Emulated => READY_EMULATED,
+            },
+        };
+        Ok((Arc::new(pod), ready))
+    }
+
+    /// Waits until the agent serves, and connects to it.
+    pub async fn ready(&self, listener: UnixListener) -> Result<(), Error> {
+        let booted = async {
+            let version = vsock::accept_ready(&listener).await.map_err(Error::Agent)?;
+            if version != bulkhead_protocol::VERSION {
+                return Err(Error::Version(version));
+            }
+            let stream = vsock::connect(&self.vsock(), AGENT_PORT)
+                .await
+                .map_err(Error::Agent)?;
+            let socket = ttrpc::r#async::transport::Socket::from(stream);
+            let client = AgentClient::new(ttrpc::r#async::Client::new(socket));
+            let _ = self.agent.set(client);
+            Ok(())
+        };
+        tokio::select! {
+            biased;
+            end = self.ended() => Err(Error::Ended(end)),
+            result = booted => match result {
+                Err(Error::Agent(error)) => Err(self.explain(error).await),
+                result => result,
+            },
+            () = sleep(self.ready_limit) => Err(Error::NotReady {
+                seconds: self.ready_limit.as_secs(),
+                console: self.console().await,
+            }),
+        }
+    }
+
+    /// A broken connection is most often the machine's end: then that is the reason.
+    async fn explain(&self, error: io::Error) -> Error {
+        match timeout(Duration::from_secs(1), self.ended()).await {
+            Ok(end) => Error::Ended(end),
+            Err(_) => Error::Agent(error),
+        }
+    }
+
+    async fn console(&self) -> String {
+        let report = timeout(
+            Duration::from_secs(2),
+            self.control.request(control::op("report"), None),
+        );
+        let console = match report.await {
+            Ok(Ok(report)) => report
+                .get("console")
+                .and_then(|c| c.as_str())
+                .unwrap_or_default()
+                .to_owned(),
+            _ => String::new(),
+        };
+        machine::printable(&console, 600)
+    }
+
+    /// `<namespace>/<id>`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Pid of the VMM on the host: what the pod's containers show as their pid.
+    pub fn pid(&self) -> u32 {
+        self.vmm.pid.unsigned_abs()
+    }
+
+    /// The socket that leads to the guest's ports.
+    pub fn vsock(&self) -> PathBuf {
+        self.dir.join("vsock.sock")
+    }
+
+    /// The agent, once it is ready and as long as the machine runs.
+    pub fn agent(&self) -> Result<&AgentClient, Error> {
+        if let Some(end) = self.end() {
+            return Err(Error::Ended(end));
+        }
+        self.agent.get().ok_or(Error::NotReady {
+            seconds: 0,
+            console: String::new(),
+        })
+    }
+
+    /// Why the machine ended, if it did.
+    pub fn end(&self) -> Option<Arc<End>> {
+        match &*self.life.borrow() {
+            Life::Runs => None,
+            Life::Ended(end) | Life::Gone(end) => Some(end.clone()),
+        }
+    }
+
+    /// Waits for the machine's end.
+    pub async fn ended(&self) -> Arc<End> {
+        let mut life = self.life.clone();
+        let lost = || Arc::new(End::default());
+        match life.wait_for(|l| !matches!(l, Life::Runs)).await.as_deref() {
+            Ok(Life::Ended(end) | Life::Gone(end)) => end.clone(),
+            _ => lost(),
+        }
+    }
+
+    /// Hands trees to the file server; if one is refused, those before it are taken back.
+    pub async fn add_trees(&self, trees: &[Tree]) -> Result<(), Error> {
+        for (done, tree) in trees.iter().enumerate() {
+            let added = match tree.open() {
+                Ok(fd) => self.add_tree(tree, fd).await,
+                Err(error) => Err(error.into()),
+            };
+            if let Err(error) = added {
+                self.remove_trees(trees.get(..done).unwrap_or_default())
+                    .await;
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    async fn add_tree(&self, tree: &Tree, fd: OwnedFd) -> Result<(), Error> {
+        let request = control::add_tree(&tree.id, tree.readonly);
+        self.files.request(request, Some(fd)).await?;
+        Ok(())
+    }
+
+    /// Takes trees back.
+    pub async fn remove_trees(&self, trees: &[Tree]) {
+        for tree in trees {
+            if self.end().is_some() {
+                return;
+            }
+            let request = control::remove_tree(&tree.id);
+            if let Err(error) = self.files.request(request, None).await {
+                tracing::warn!(tree = tree.id, %error, "a tree stays until the pod ends");
+            }
+        }
+    }
+
+    /// Ends the machine and waits until nothing of the pod is left.
+    pub async fn stop(&self) {
+        if self.end().is_none() && self.agent.get().is_some() {
+            let off = async {
+                if let Ok(agent) = self.agent() {
+                    let _ = agent
+                        .shutdown(deadline(POWER_OFF), &agent::Empty::new())
+                        .await;
+                }
+                self.ended().await
+            };
+            let _ = timeout(POWER_OFF, off).await;
+        }
+        if self.end().is_none() {
+            let stop = async {
+                let _ = self.control.request(control::op("stop"), None).await;
+                self.ended().await
+            };
+            if timeout(Duration::from_secs(1), stop).await.is_err() {
+                tracing::warn!("the machine does not stop: killed");
+                self.kill();
+            }
+        }
+        self.gone().await;
+    }
+
+    /// Ends the machine the hard way.
+    pub fn kill(&self) {
+        self.vmm.kill_session();
+    }
+
+    async fn gone(&self) {
+        let mut life = self.life.clone();
+        let _ = timeout(
+            Duration::from_secs(10),
+            life.wait_for(|l| matches!(l, Life::Gone(_))),
+        )
+        .await;
+    }
+}
+
+/// A context with a time limit for a call to the agent.
+pub fn deadline(limit: Duration) -> Context {
+    context::with_duration(limit)
+}
+
+fn state_error(path: &Path) -> impl FnOnce(io::Error) -> Error {
+    let path = path.to_owned();
+    move |source| Error::State { path, source }
+}
+
+/// What a shim that died left in the folder goes; a pod whose shim lives stays.
+fn clear_stale(dir: &Path, name: &str) -> Result<(), Error> {
+    if !dir.exists() {
+        return Ok(());
+    }
+    if Owner::load(dir).is_some_and(|owner| owner.shim.is_alive()) {
+        return Err(Error::Exists(name.to_owned()));
+    }
+    tracing::warn!(dir = %dir.display(), "removing what a dead shim left");
+    state::kill_children(dir);
+    state::remove_dir(dir).map_err(state_error(dir))
+}
+
+fn child(
+    program: &Path,
+    dir: &Path,
+    name: &str,
+    keep: &[OwnedFd],
+    mut args: Vec<String>,
+) -> Result<(Child, ProcessId), Error> {
+    let spawn_error = |source| Error::Spawn {
+        program: program.to_owned(),
+        source,
+    };
+    args.splice(0..0, ["--state-dir".to_owned(), dir.display().to_string()]);
+    let log = dir.join(format!("{name}.log"));
+    let child = spawn::spawn(program, &args, keep, &log).map_err(spawn_error)?;
+    // Not reaped yet, so the pid is the child's even if it has ended.
+    let id = child.id().and_then(|pid| ProcessId::of(pid as i32));
+    let id = id.ok_or_else(|| spawn_error(io::ErrorKind::NotFound.into()))?;
+    let file = dir.join(format!("{name}.pid"));
+    id.save(&file).map_err(state_error(&file))?;
+    Ok((child, id))
+}
+
+/// Watches both children to the end of the pod, then removes what is left of it.
+async fn watch_children(
+    (mut vmm, vmm_id): (Child, ProcessId),
+    (mut fs, fs_id): (Child, ProcessId),
+    dir: PathBuf,
+    life: watch::Sender<Life>,
+) {
+    let mut fs_first = false;
+    let status = tokio::select! {
+        status = vmm.wait() => status,
+        status = fs.wait() => {
+            tracing::warn!(?status, "the file server ended before the machine");
+            fs_first = true;
+            match timeout(FS_DEATH, vmm.wait()).await {
+                Ok(status) => status,
+                Err(_) => {
+                    vmm_id.kill_session();
+                    vmm.wait().await
+                }
+            }
+        }
+    };
+    let mut end = End::read(&dir, status);
+    if fs_first && end.reason == "vmm-died" {
+        end.reason = "file-server-died".into();
+        end.detail = "bulkhead-fs ended".into();
+    }
+    let end = Arc::new(end);
+    if end.is_orderly() {
+        tracing::info!(%end, "the machine ended");
+    } else {
+        tracing::error!(%end, "the machine ended");
+    }
+    life.send_replace(Life::Ended(end.clone()));
+    // The emulator is in the VMM's session; the file server ends when its sockets do.
+    vmm_id.kill_session();
+    if timeout(Duration::from_millis(500), fs.wait())
+        .await
+        .is_err()
+    {
+        fs_id.kill_session();
+        let _ = fs.wait().await;
+    }
+    let leftovers = dir.clone();
+    let removed = tokio::task::spawn_blocking(move || {
+        vmm_id.wait_gone(Duration::from_secs(3));
+        state::remove_dir(&leftovers)
+    });
+    if let Ok(Err(error)) = removed.await {
+        tracing::error!(%error, dir = %dir.display(), "removing the state folder");
+    }
+    life.send_replace(Life::Gone(end));
+}

@@ -1,0 +1,112 @@
+//! Starts the pod's helpers: a session of their own (they survive the shim), only the descriptors they are given,
+//! stderr into a log file. The shim's only code between fork and exec.
+
+use std::{
+    fs::OpenOptions,
+    io,
+    os::{
+        fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd},
+        unix::fs::OpenOptionsExt,
+    },
+    path::Path,
+    process::Stdio,
+};
+
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair, sockopt};
+use tokio::process::{Child, Command};
+
+/// Workers of the file server.
+pub const FS_WORKERS: usize = 4;
+/// Room for the largest FUSE message (1 MiB and 4 KiB) beside the kernel's overhead.
+const FUSE_BUFFER: usize = 4 << 20;
+
+/// Pairs of SEQPACKET sockets: the VMM's ends and the file server's ends.
+pub fn fs_channels() -> io::Result<(Vec<OwnedFd>, Vec<OwnedFd>)> {
+    let mut vmm = Vec::new();
+    let mut fs = Vec::new();
+    for _ in 0..FS_WORKERS {
+        let (a, b) = socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )?;
+        for end in [&a, &b] {
+            // The forced form passes net.core.wmem_max; without CAP_NET_ADMIN the limit stands.
+            if sockopt::set_socket_send_buffer_size_force(end, FUSE_BUFFER).is_err() {
+                sockopt::set_socket_send_buffer_size(end, FUSE_BUFFER)?;
+            }
+        }
+        vmm.push(a);
+        fs.push(b);
+    }
+    Ok((vmm, fs))
+}
+
+/// Starts `program`, which inherits `keep` under the same numbers.
+pub fn spawn(program: &Path, args: &[String], keep: &[OwnedFd], log: &Path) -> io::Result<Child> {
+    let log = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(log)?;
+    let keep: Vec<RawFd> = keep.iter().map(AsRawFd::as_raw_fd).collect();
+    let mut command = Command::new(program);
+    command
+        .args(args)
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log);
+    // SAFETY: between fork and exec only system calls are made, on memory allocated before; the numbers in `keep`
+    // are the caller's OwnedFds, open until `spawn` returns.
+    unsafe {
+        command.pre_exec(move || {
+            rustix::process::setsid()?;
+            if libc::close_range(3, libc::c_uint::MAX, CLOSE_RANGE_CLOEXEC) != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            for &fd in &keep {
+                let fd = BorrowedFd::borrow_raw(fd);
+                rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?;
+            }
+            Ok(())
+        });
+    }
+    command.spawn()
+}
+
+const CLOSE_RANGE_CLOEXEC: libc::c_int = libc::CLOSE_RANGE_CLOEXEC as libc::c_int;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_child_has_its_own_session_and_no_other_descriptors() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("log");
+        let leak = std::fs::File::open("/dev/null").unwrap();
+        rustix::io::fcntl_setfd(&leak, rustix::io::FdFlags::empty()).unwrap();
+        let (a, _b) = fs_channels().unwrap();
+        let kept = a[0].as_raw_fd();
+        let script = "cut -d' ' -f6 /proc/self/stat; ls /proc/self/fd";
+        let mut child = spawn(
+            Path::new("/bin/sh"),
+            &["-c".into(), script.into()],
+            &a[..1],
+            &log,
+        )
+        .unwrap();
+        let pid = child.id().unwrap();
+        assert!(child.wait().await.unwrap().success());
+        let text = std::fs::read_to_string(&log).unwrap();
+        let mut lines = text.lines();
+        assert_eq!(lines.next(), Some(pid.to_string().as_str()));
+        let fds: Vec<i32> = lines.map(|l| l.parse().unwrap()).collect();
+        assert!(fds.contains(&kept), "{fds:?}");
+        // 0, 1, 2, the kept one and the listing's own.
+        assert_eq!(fds.len(), 5, "{fds:?}");
+    }
+}

@@ -1,0 +1,122 @@
+//! The host's side of vsock: a unix socket where `CONNECT <port>` leads into the guest, and the socket at which the
+//! guest says that it is ready.
+
+use std::{io, path::Path, time::Duration};
+
+use bulkhead_protocol::{
+    limits::STREAM_PORT,
+    stream::{StreamHeader, StreamKind},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{UnixListener, UnixStream},
+    time::timeout,
+};
+
+/// How long the VMM and the guest may take to accept a connection.
+const CONNECT: Duration = Duration::from_secs(20);
+/// Longest line of the VMM or of the agent.
+const LINE_MAX: usize = 128;
+
+/// Connects to a port of the guest.
+pub async fn connect(socket: &Path, port: u32) -> io::Result<UnixStream> {
+    let connecting = async {
+        let mut stream = UnixStream::connect(socket).await?;
+        stream
+            .write_all(format!("CONNECT {port}\n").as_bytes())
+            .await?;
+        let line = read_line(&mut stream).await?;
+        if line.starts_with("OK ") {
+            return Ok(stream);
+        }
+        Err(io::Error::new(
+            io::ErrorKind::ConnectionRefused,
+            format!("guest port {port}: answer {line:?}"),
+        ))
+    };
+    timeout(CONNECT, connecting)
+        .await
+        .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, format!("guest port {port}")))?
+}
+
+/// Connects to a standard stream of a process in the guest.
+pub async fn connect_stream(
+    socket: &Path,
+    container: &str,
+    exec: &str,
+    stream: StreamKind,
+) -> io::Result<UnixStream> {
+    let header = StreamHeader {
+        container: container.into(),
+        exec: exec.into(),
+        stream,
+    };
+    let line = header.encode().map_err(io::Error::other)?;
+    let mut connection = connect(socket, STREAM_PORT).await?;
+    connection.write_all(&line).await?;
+    Ok(connection)
+}
+
+/// Waits for the agent's `ready <version>` and gives back the version.
+pub async fn accept_ready(listener: &UnixListener) -> io::Result<String> {
+    loop {
+        let (mut stream, _) = listener.accept().await?;
+        let line = read_line(&mut stream).await?;
+        match line.strip_prefix("ready ") {
+            Some(version) => return Ok(version.to_owned()),
+            None => tracing::warn!(?line, "unexpected line on the ready port"),
+        }
+    }
+}
+
+/// Reads a short line byte by byte: what follows it belongs to somebody else.
+async fn read_line(stream: &mut UnixStream) -> io::Result<String> {
+    let mut line = Vec::new();
+    loop {
+        match stream.read_u8().await? {
+            b'\n' => return Ok(String::from_utf8_lossy(&line).into_owned()),
+            byte if line.len() < LINE_MAX => line.push(byte),
+            _ => return Err(io::Error::other("line is too long")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_stream_says_connect_then_its_header_then_data() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vsock.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let guest = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let connect = read_line(&mut stream).await.unwrap();
+            stream.write_all(b"OK 1025\nfirst").await.unwrap();
+            let header = read_line(&mut stream).await.unwrap();
+            (connect, header)
+        });
+        let mut stream = connect_stream(&path, "web", "e1", StreamKind::Stdout)
+            .await
+            .unwrap();
+        let mut data = [0; 5];
+        stream.read_exact(&mut data).await.unwrap();
+        assert_eq!(&data, b"first");
+        let (connect, header) = guest.await.unwrap();
+        assert_eq!(connect, "CONNECT 1025");
+        assert_eq!(
+            header,
+            r#"{"container":"web","exec":"e1","stream":"stdout"}"#
+        );
+    }
+
+    #[tokio::test]
+    async fn a_port_nobody_listens_on_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vsock.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        tokio::spawn(async move { listener.accept().await.map(drop) });
+        assert!(connect(&path, 7).await.is_err());
+    }
+}

@@ -1,0 +1,130 @@
+//! A container of the pod, as the shim sees it.
+
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use bulkhead_protocol::{agent, limits::EXECS_MAX};
+
+use super::{error::Error, process::Process};
+use crate::{mounts::Tree, sandbox::Pod};
+
+/// A container.
+pub struct Container {
+    /// Its id.
+    pub id: String,
+    /// Its bundle on the host.
+    pub bundle: PathBuf,
+    /// Where it runs.
+    pub pod: Arc<Pod>,
+    /// Its first process.
+    pub init: Arc<Process>,
+    /// What of the host it was given.
+    pub trees: Vec<Tree>,
+    execs: Mutex<HashMap<String, Arc<Process>>>,
+    paused: AtomicBool,
+}
+
+impl Container {
+    /// A created container.
+    pub fn new(
+        id: &str,
+        bundle: PathBuf,
+        pod: Arc<Pod>,
+        init: Arc<Process>,
+        trees: Vec<Tree>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            id: id.into(),
+            bundle,
+            pod,
+            init,
+            trees,
+            execs: Mutex::default(),
+            paused: AtomicBool::new(false),
+        })
+    }
+
+    /// The init process for an empty id, else the exec.
+    pub fn process(&self, exec_id: &str) -> Result<Arc<Process>, Error> {
+        if exec_id.is_empty() {
+            return Ok(self.init.clone());
+        }
+        let found = self.execs().get(exec_id).cloned();
+        found.ok_or_else(|| Error::NotFound(self.name(exec_id)))
+    }
+
+    /// Registers an exec.
+    pub fn add_exec(&self, process: Arc<Process>) -> Result<(), Error> {
+        let mut execs = self.execs();
+        if execs.contains_key(&process.exec_id) {
+            return Err(Error::Exists(self.name(&process.exec_id)));
+        }
+        if execs.len() >= EXECS_MAX {
+            return Err(Error::Limit(
+                "the container has too many execs that were not deleted",
+            ));
+        }
+        execs.insert(process.exec_id.clone(), process);
+        Ok(())
+    }
+
+    /// Forgets an exec.
+    pub fn remove_exec(&self, exec_id: &str) {
+        self.execs().remove(exec_id);
+    }
+
+    /// Every process.
+    pub fn processes(&self) -> Vec<Arc<Process>> {
+        let mut all = self.exec_list();
+        all.push(self.init.clone());
+        all
+    }
+
+    /// Every exec.
+    pub fn exec_list(&self) -> Vec<Arc<Process>> {
+        self.execs().values().cloned().collect()
+    }
+
+    /// Whether it is frozen.
+    pub fn is_paused(&self) -> bool {
+        self.paused.load(Ordering::Relaxed)
+    }
+
+    /// Remembers whether it is frozen.
+    pub fn set_paused(&self, paused: bool) {
+        self.paused.store(paused, Ordering::Relaxed);
+    }
+
+    /// The agent's name for a process.
+    pub fn request(&self, exec_id: &str) -> agent::ProcessRequest {
+        let mut request = agent::ProcessRequest::new();
+        request.container.clone_from(&self.id);
+        request.exec_id = exec_id.into();
+        request
+    }
+
+    /// The agent's name for the container.
+    pub fn container_request(&self) -> agent::ContainerRequest {
+        let mut request = agent::ContainerRequest::new();
+        request.container.clone_from(&self.id);
+        request
+    }
+
+    /// What errors call a process.
+    pub fn name(&self, exec_id: &str) -> String {
+        match exec_id {
+            "" => format!("container {}", self.id),
+            _ => format!("exec {exec_id} of container {}", self.id),
+        }
+    }
+
+    fn execs(&self) -> MutexGuard<'_, HashMap<String, Arc<Process>>> {
+        self.execs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,259 @@
+//! Create and Exec: the machine with the first container, then the agent's half.
+
+use std::{path::PathBuf, sync::Arc};
+
+use bulkhead_protocol::{agent, limits::CONTAINERS_MAX};
+use containerd_shim_protos::{
+    api::{CreateTaskRequest, CreateTaskResponse, Empty, ExecProcessRequest},
+    events::task::{TaskCreate, TaskExecAdded, TaskIO},
+};
+use protobuf::MessageField;
+
+use super::{
+    CALL, MAKE, Shared, answer,
+    container::Container,
+    error::Error,
+    process::{Phase, Process},
+};
+use crate::{
+    mounts::{Plan, Tree},
+    sandbox::{self, Pod, deadline, state::check_id, vsock},
+    spec::{self, Spec},
+    stdio::{Io, Paths, Pumps},
+};
+
+impl Shared {
+    /// Create.
+    pub(super) async fn create(
+        self: &Arc<Self>,
+        req: &CreateTaskRequest,
+    ) -> Result<CreateTaskResponse, Error> {
+        check_id("id", &req.id)?;
+        self.reserve(&req.id)?;
+        let result = self.create_reserved(req).await;
+        self.state().creating.remove(&req.id);
+        let container = match result {
+            Ok(container) => container,
+            Err(error) => {
+                self.stop_if_empty().await;
+                return Err(error);
+            }
+        };
+        let mut response = CreateTaskResponse::new();
+        response.pid = container.pod.pid();
+        Ok(response)
+    }
+
+    fn reserve(&self, id: &str) -> Result<(), Error> {
+        let mut state = self.state();
+        if state.containers.contains_key(id) || state.creating.contains(id) {
+            return Err(Error::Exists(format!("container {id}")));
+        }
+        if state.containers.len().saturating_add(state.creating.len()) >= CONTAINERS_MAX {
+            return Err(Error::Limit("the pod has too many containers"));
+        }
+        state.creating.insert(id.into());
+        Ok(())
+    }
+
+    /// Everything that can be refused is refused before the machine starts.
+    async fn create_reserved(
+        self: &Arc<Self>,
+        req: &CreateTaskRequest,
+    ) -> Result<Arc<Container>, Error> {
+        if !req.checkpoint.is_empty() {
+            return Err(Error::Unimplemented("restoring a checkpoint"));
+        }
+        let bundle = PathBuf::from(&req.bundle);
+        let mut spec = Spec::load(&bundle)?;
+        let plan = Plan::new(&req.rootfs, &mut spec, self.tree_numbers())?;
+        let paths = Paths {
+            stdin: req.stdin.clone(),
+            stdout: req.stdout.clone(),
+            stderr: req.stderr.clone(),
+            terminal: req.terminal,
+        };
+        let io = Io::open(&paths)?;
+        let pod = self.pod_with(&bundle, &spec, &plan.trees).await?;
+        let made = self.make(&pod, req, &spec, &plan, io).await;
+        let pumps = match made {
+            Ok(pumps) => pumps,
+            Err(error) => {
+                pod.remove_trees(&plan.trees).await;
+                return Err(error);
+            }
+        };
+        let init = Process::new("", paths);
+        init.set_pumps(pumps);
+        let container = Container::new(&req.id, bundle, pod.clone(), init, plan.trees);
+        // The event first: once the container is in the table, other events of it may follow.
+        self.publish_create(req, pod.pid());
+        self.state()
+            .containers
+            .insert(req.id.clone(), container.clone());
+        if pod.end().is_some() {
+            self.machine_ended(&pod).await;
+        }
+        tracing::info!(container = req.id, "created");
+        Ok(container)
+    }
+
+    /// The pod, with the container's trees in its file server; started if this is its first container.
+    async fn pod_with(
+        self: &Arc<Self>,
+        bundle: &std::path::Path,
+        spec: &Spec,
+        trees: &[Tree],
+    ) -> Result<Arc<Pod>, Error> {
+        let booting = self.boot.lock().await;
+        let running = self.state().pod.clone();
+        if let Some(pod) = running {
+            drop(booting);
+            if let Some(end) = pod.end() {
+                return Err(sandbox::Error::Ended(end).into());
+            }
+            pod.add_trees(trees).await?;
+            return Ok(pod);
+        }
+        let size = spec.size(&self.config, spec::host_memory_mib())?;
+        let (pod, ready) = Pod::start(&self.config, &self.namespace, &self.pod_id, bundle, size)?;
+        self.state().pod = Some(pod.clone());
+        let shared = self.clone();
+        let watched = pod.clone();
+        tokio::spawn(async move {
+            watched.ended().await;
+            shared.machine_ended(&watched).await;
+        });
+        // The rootfs is prepared while the guest boots.
+        let started = tokio::try_join!(pod.ready(ready), pod.add_trees(trees));
+        if let Err(error) = started {
+            // A broken file server says less than the machine's own end.
+            let error = match (pod.end(), error) {
+                (Some(end), sandbox::Error::Control(_)) => sandbox::Error::Ended(end),
+                (_, error) => error,
+            };
+            pod.stop().await;
+            self.state().pod = None;
+            return Err(error.into());
+        }
+        tracing::info!(vmm = pod.pid(), ?size, "the machine is ready");
+        Ok(pod)
+    }
+
+    async fn make(
+        &self,
+        pod: &Arc<Pod>,
+        req: &CreateTaskRequest,
+        spec: &Spec,
+        plan: &Plan,
+        io: Io,
+    ) -> Result<Pumps, Error> {
+        let mut request = agent::CreateContainerRequest::new();
+        request.container.clone_from(&req.id);
+        request.spec = spec.to_json();
+        request.rootfs = MessageField::some(plan.rootfs.clone());
+        request.stdio = MessageField::some(io.request());
+        let result = pod
+            .agent()?
+            .create_container(deadline(MAKE), &request)
+            .await;
+        answer(pod, result).await?;
+        let pumps = connect(pod, &req.id, "", io).await;
+        if pumps.is_err() {
+            let mut request = agent::ProcessRequest::new();
+            request.container.clone_from(&req.id);
+            let mut signal = agent::SignalRequest::new();
+            signal.container.clone_from(&req.id);
+            signal.signal = libc::SIGKILL.unsigned_abs();
+            signal.all = true;
+            if let Ok(agent) = pod.agent() {
+                let _ = agent.signal(deadline(CALL), &signal).await;
+                let _ = agent.wait(deadline(CALL), &request).await;
+                let _ = agent.delete(deadline(CALL), &request).await;
+            }
+        }
+        pumps
+    }
+
+    fn publish_create(&self, req: &CreateTaskRequest, pid: u32) {
+        let mut io = TaskIO::new();
+        io.stdin.clone_from(&req.stdin);
+        io.stdout.clone_from(&req.stdout);
+        io.stderr.clone_from(&req.stderr);
+        io.terminal = req.terminal;
+        let mut event = TaskCreate::new();
+        event.container_id.clone_from(&req.id);
+        event.bundle.clone_from(&req.bundle);
+        event.rootfs.clone_from(&req.rootfs);
+        event.io = MessageField::some(io);
+        event.pid = pid;
+        self.events.publish(&event);
+    }
+
+    /// Exec: registers the process; nothing runs yet.
+    pub(super) async fn exec(&self, req: &ExecProcessRequest) -> Result<Empty, Error> {
+        check_id("exec_id", &req.exec_id)?;
+        let container = self.container(&req.id)?;
+        if container.init.phase() != Phase::Running {
+            return Err(Error::State {
+                id: container.name(""),
+                what: "exec into",
+                phase: "not running",
+            });
+        }
+        spec::check_process(&req.spec.value)?;
+        let paths = Paths {
+            stdin: req.stdin.clone(),
+            stdout: req.stdout.clone(),
+            stderr: req.stderr.clone(),
+            terminal: req.terminal,
+        };
+        let io = Io::open(&paths)?;
+        let process = Process::new(&req.exec_id, paths);
+        container.add_exec(process.clone())?;
+        let made = self.make_exec(&container, req, io).await;
+        match made {
+            Ok(pumps) => process.set_pumps(pumps),
+            Err(error) => {
+                container.remove_exec(&req.exec_id);
+                return Err(error);
+            }
+        }
+        let mut event = TaskExecAdded::new();
+        event.container_id.clone_from(&req.id);
+        event.exec_id.clone_from(&req.exec_id);
+        self.events.publish(&event);
+        Ok(Empty::new())
+    }
+
+    async fn make_exec(
+        &self,
+        container: &Container,
+        req: &ExecProcessRequest,
+        io: Io,
+    ) -> Result<Pumps, Error> {
+        let pod = &container.pod;
+        let mut request = agent::CreateExecRequest::new();
+        request.container.clone_from(&req.id);
+        request.exec_id.clone_from(&req.exec_id);
+        request.process.clone_from(&req.spec.value);
+        request.stdio = MessageField::some(io.request());
+        let result = pod.agent()?.create_exec(deadline(CALL), &request).await;
+        answer(pod, result).await?;
+        let pumps = connect(pod, &req.id, &req.exec_id, io).await;
+        if pumps.is_err()
+            && let Ok(agent) = pod.agent()
+        {
+            let request = container.request(&req.exec_id);
+            let _ = agent.delete(deadline(CALL), &request).await;
+        }
+        pumps
+    }
+}
+
+async fn connect(pod: &Arc<Pod>, container: &str, exec: &str, io: Io) -> Result<Pumps, Error> {
+    let socket = pod.vsock();
+    io.start(|kind| vsock::connect_stream(&socket, container, exec, kind))
+        .await
+        .map_err(Error::Stream)
+}

@@ -1,0 +1,311 @@
+//! Start, Kill, Delete, and the end of processes and of the machine.
+
+use std::{sync::Arc, time::Duration};
+
+use bulkhead_protocol::agent;
+use containerd_shim_protos::{
+    api::{DeleteResponse, Empty, KillRequest, StartResponse},
+    events::task::{TaskDelete, TaskExecStarted, TaskExit, TaskOOM, TaskStart},
+};
+use protobuf::{MessageField, well_known_types::timestamp::Timestamp};
+use tokio::time::timeout;
+use ttrpc::context;
+
+use super::{
+    CALL, MAKE, Shared, answer,
+    container::Container,
+    error::Error,
+    now,
+    process::{Exit, Phase, Process},
+};
+use crate::sandbox::{Pod, deadline};
+
+/// Exit status of a process that was killed, or whose machine ended: 128 + SIGKILL.
+pub const KILLED: u32 = 137;
+/// Exit status of a process that was never started.
+const NOT_STARTED: u32 = 255;
+
+impl Shared {
+    /// Start.
+    pub(super) async fn start(
+        self: &Arc<Self>,
+        id: &str,
+        exec_id: &str,
+    ) -> Result<StartResponse, Error> {
+        let (container, process) = self.process(id, exec_id)?;
+        if !process.begin_start() {
+            return Err(Error::State {
+                id: container.name(exec_id),
+                what: "start",
+                phase: phase_name(&process.phase()),
+            });
+        }
+        if let Err(error) = self.start_in_guest(&container, exec_id).await {
+            // Never started, so no event; but who waits gets an answer.
+            process.stop(killed(NOT_STARTED));
+            return Err(error);
+        }
+        let pid = container.pod.pid();
+        if exec_id.is_empty() {
+            let mut event = TaskStart::new();
+            event.container_id = id.into();
+            event.pid = pid;
+            self.events.publish(&event);
+        } else {
+            let mut event = TaskExecStarted::new();
+            event.container_id = id.into();
+            event.exec_id = exec_id.into();
+            event.pid = pid;
+            self.events.publish(&event);
+        }
+        process.started();
+        self.watch(container, process);
+        let mut response = StartResponse::new();
+        response.pid = pid;
+        Ok(response)
+    }
+
+    async fn start_in_guest(&self, container: &Container, exec_id: &str) -> Result<(), Error> {
+        let agent = container.pod.agent()?;
+        let request = container.request(exec_id);
+        let result = agent.start(deadline(MAKE), &request).await;
+        answer(&container.pod, result).await?;
+        Ok(())
+    }
+
+    /// Waits for the end of a process in the background.
+    fn watch(self: &Arc<Self>, container: Arc<Container>, process: Arc<Process>) {
+        let shared = self.clone();
+        tokio::spawn(async move {
+            let exit = exit_of(&container, &process.exec_id).await;
+            shared.record(&container, &process, exit).await;
+        });
+    }
+
+    /// Records an end, once, and tells containerd.
+    async fn record(&self, container: &Container, process: &Process, exit: Exit) {
+        process.settled().await;
+        let (status, at, oom) = (exit.status, exit.at.clone(), exit.oom);
+        if !process.stop(exit) {
+            return;
+        }
+        if oom {
+            let mut event = TaskOOM::new();
+            event.container_id.clone_from(&container.id);
+            self.events.publish(&event);
+        }
+        let mut event = TaskExit::new();
+        event.container_id.clone_from(&container.id);
+        event.id = match process.exec_id.as_str() {
+            "" => container.id.clone(),
+            exec => exec.into(),
+        };
+        event.pid = container.pod.pid();
+        event.exit_status = status;
+        event.exited_at = MessageField::some(at);
+        self.events.publish(&event);
+        tracing::info!(
+            container = container.id,
+            exec = process.exec_id,
+            status,
+            "ended"
+        );
+    }
+
+    /// The machine ended: so did every process in it.
+    pub(super) async fn machine_ended(&self, pod: &Arc<Pod>) {
+        let containers: Vec<_> = self.state().containers.values().cloned().collect();
+        for container in containers {
+            if !Arc::ptr_eq(&container.pod, pod) {
+                continue;
+            }
+            for process in container.processes() {
+                self.record(&container, &process, killed(KILLED)).await;
+            }
+        }
+    }
+
+    /// Kill.
+    pub(super) async fn kill(self: &Arc<Self>, req: &KillRequest) -> Result<Empty, Error> {
+        let (container, process) = self.process(&req.id, &req.exec_id)?;
+        match process.phase() {
+            Phase::Stopped(_) => return Err(Error::Finished(container.name(&req.exec_id))),
+            Phase::Created if !req.exec_id.is_empty() => {
+                return Err(Error::State {
+                    id: container.name(&req.exec_id),
+                    what: "signal",
+                    phase: "created",
+                });
+            }
+            _ => {}
+        }
+        let mut request = agent::SignalRequest::new();
+        request.container.clone_from(&req.id);
+        request.exec_id.clone_from(&req.exec_id);
+        request.signal = req.signal;
+        request.all = req.all;
+        let agent = container.pod.agent()?;
+        let result = agent.signal(deadline(CALL), &request).await;
+        answer(&container.pod, result).await?;
+        if process.phase() == Phase::Created {
+            // No start will watch it.
+            self.watch(container, process);
+        }
+        Ok(Empty::new())
+    }
+
+    /// Delete of an exec or of a container, which takes the pod with it if it is the last.
+    pub(super) async fn delete(&self, id: &str, exec_id: &str) -> Result<DeleteResponse, Error> {
+        let (container, process) = self.process(id, exec_id)?;
+        match process.phase() {
+            Phase::Running | Phase::Starting => {
+                return Err(Error::State {
+                    id: container.name(exec_id),
+                    what: "delete",
+                    phase: "running",
+                });
+            }
+            Phase::Created => self.end_created(&container, &process).await,
+            Phase::Stopped(_) => {}
+        }
+        process.drain().await;
+        if exec_id.is_empty() {
+            self.end_execs(&container).await;
+        }
+        delete_in_guest(&container, exec_id).await?;
+        let exit = process.exit().unwrap_or_else(|| killed(KILLED));
+        let pid = container.pod.pid();
+        if exec_id.is_empty() {
+            container.pod.remove_trees(&container.trees).await;
+            self.state().containers.remove(id);
+            let mut event = TaskDelete::new();
+            event.container_id = id.into();
+            event.pid = pid;
+            event.exit_status = exit.status;
+            event.exited_at = MessageField::some(exit.at.clone());
+            self.events.publish(&event);
+            self.stop_if_empty().await;
+            tracing::info!(container = id, "deleted");
+        } else {
+            container.remove_exec(exec_id);
+        }
+        let mut response = DeleteResponse::new();
+        response.pid = pid;
+        response.exit_status = exit.status;
+        response.exited_at = MessageField::some(exit.at);
+        Ok(response)
+    }
+
+    /// A process that never started goes without an exit event.
+    async fn end_created(&self, container: &Container, process: &Process) {
+        if !process.exec_id.is_empty() {
+            process.stop(killed(KILLED));
+            return;
+        }
+        if let Ok(agent) = container.pod.agent() {
+            let mut request = agent::SignalRequest::new();
+            request.container.clone_from(&container.id);
+            request.signal = libc::SIGKILL.unsigned_abs();
+            request.all = true;
+            let _ = agent.signal(deadline(CALL), &request).await;
+            let _ = agent
+                .wait(deadline(Duration::from_secs(5)), &container.request(""))
+                .await;
+        }
+        process.stop(killed(KILLED));
+    }
+
+    /// With its init every exec of a container ends (the pid namespace is gone).
+    async fn end_execs(&self, container: &Container) {
+        for exec in container.exec_list() {
+            if matches!(exec.phase(), Phase::Running | Phase::Starting)
+                && timeout(Duration::from_secs(2), exec.wait()).await.is_err()
+            {
+                self.record(container, &exec, killed(KILLED)).await;
+            }
+            exec.drain().await;
+            container.remove_exec(&exec.exec_id);
+        }
+    }
+
+    /// The last container takes the pod with it.
+    pub(super) async fn stop_if_empty(&self) {
+        let pod = {
+            let mut state = self.state();
+            if !state.containers.is_empty() || !state.creating.is_empty() {
+                return;
+            }
+            state.pod.take()
+        };
+        if let Some(pod) = pod {
+            pod.stop().await;
+        }
+    }
+}
+
+/// Waits for the end of a process, by the agent's word or by the machine's end.
+async fn exit_of(container: &Container, exec_id: &str) -> Exit {
+    let pod = &container.pod;
+    let Ok(agent) = pod.agent() else {
+        return killed(KILLED);
+    };
+    let request = container.request(exec_id);
+    let waited = tokio::select! {
+        biased;
+        waited = agent.wait(context::Context::default(), &request) => waited,
+        _ = pod.ended() => return killed(KILLED),
+    };
+    match waited {
+        Ok(end) => {
+            let mut at = Timestamp::new();
+            at.seconds = end.exited_at_unix_ns.div_euclid(1_000_000_000);
+            at.nanos = end.exited_at_unix_ns.rem_euclid(1_000_000_000) as i32;
+            Exit {
+                status: end.exit_status,
+                at: if end.exited_at_unix_ns > 0 { at } else { now() },
+                oom: end.oom_killed,
+            }
+        }
+        Err(error) => {
+            // Without its agent the machine is of no use.
+            if !matches!(error, ttrpc::Error::RpcStatus(_))
+                && timeout(Duration::from_secs(1), pod.ended()).await.is_err()
+            {
+                tracing::error!(%error, "the agent is lost: the machine is killed");
+                pod.kill();
+            }
+            killed(KILLED)
+        }
+    }
+}
+
+async fn delete_in_guest(container: &Container, exec_id: &str) -> Result<(), Error> {
+    let Ok(agent) = container.pod.agent() else {
+        return Ok(()); // Gone with the machine.
+    };
+    let request = container.request(exec_id);
+    let result = agent.delete(deadline(CALL), &request).await;
+    match answer(&container.pod, result).await {
+        Err(Error::Agent(ttrpc::Error::RpcStatus(s))) if s.code() != ttrpc::Code::NOT_FOUND => {
+            Err(Error::Agent(ttrpc::Error::RpcStatus(s)))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn killed(status: u32) -> Exit {
+    Exit {
+        status,
+        at: now(),
+        oom: false,
+    }
+}
+
+fn phase_name(phase: &Phase) -> &'static str {
+    match phase {
+        Phase::Created => "created",
+        Phase::Starting => "starting",
+        Phase::Running => "running",
+        Phase::Stopped(_) => "stopped",
+    }
+}

@@ -1,0 +1,401 @@
+//! containerd's Task service, one implementation under the names of v2 and v3.
+//!
+//! `create.rs` makes containers and execs, `life.rs` starts, ends and deletes processes; here stand the service's
+//! state and the calls that only pass on to the agent. The pid that is told for every process is the VMM's on the
+//! host (its network namespace is the pod's); guest pids are in the answer of `Pids` only.
+
+pub mod container;
+mod create;
+pub mod error;
+mod life;
+pub mod process;
+pub mod stats;
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use async_trait::async_trait;
+use bulkhead_protocol::{agent, limits::SPEC_MAX};
+use containerd_shim_protos::{
+    api::{
+        CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest,
+        CreateTaskResponse, DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest,
+        PauseRequest, PidsRequest, PidsResponse, ProcessInfo, ResizePtyRequest, ResumeRequest,
+        ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest,
+        StatsResponse, Status, UpdateTaskRequest, WaitRequest, WaitResponse,
+    },
+    events::task::{TaskPaused, TaskResumed},
+    shim_async::{Task, create_task},
+};
+use protobuf::{MessageField, well_known_types::timestamp::Timestamp};
+use tokio::{sync::Notify, time::timeout};
+use ttrpc::r#async::TtrpcContext;
+
+use self::{
+    container::Container,
+    error::Error,
+    process::{Phase, Process},
+};
+use crate::{
+    config::Config,
+    events::Publisher,
+    sandbox::{self, Pod, deadline},
+};
+
+/// How long the agent may take for a short call.
+const CALL: Duration = Duration::from_secs(30);
+/// How long it may take to make a container or to start a process.
+const MAKE: Duration = Duration::from_secs(120);
+/// Numbers of trees set aside for one container.
+const TREES_STEP: u64 = 1000;
+
+type Rpc<T> = ttrpc::Result<T>;
+
+/// The service. Cheap to clone.
+#[derive(Clone)]
+pub struct Service(Arc<Shared>);
+
+/// What the calls share.
+pub struct Shared {
+    config: Config,
+    namespace: String,
+    pod_id: String,
+    events: Publisher,
+    shutdown: Arc<Notify>,
+    /// Held while the machine boots, so that it boots once.
+    boot: tokio::sync::Mutex<()>,
+    state: Mutex<State>,
+    next_tree: AtomicU64,
+}
+
+#[derive(Default)]
+struct State {
+    pod: Option<Arc<Pod>>,
+    containers: HashMap<String, Arc<Container>>,
+    /// Ids whose `Create` is under way.
+    creating: HashSet<String>,
+}
+
+/// The time now.
+pub fn now() -> Timestamp {
+    SystemTime::now().into()
+}
+
+impl Service {
+    /// The service of the pod `namespace`/`pod_id`; `shutdown` is notified when the shim shall end.
+    pub fn new(
+        config: Config,
+        namespace: &str,
+        pod_id: &str,
+        events: Publisher,
+        shutdown: Arc<Notify>,
+    ) -> Self {
+        Self(Arc::new(Shared {
+            config,
+            namespace: namespace.into(),
+            pod_id: pod_id.into(),
+            events,
+            shutdown,
+            boot: tokio::sync::Mutex::default(),
+            state: Mutex::default(),
+            next_tree: AtomicU64::new(0),
+        }))
+    }
+
+    /// The service under both of its names: v2 (containerd 1.6, 1.7) and v3 (2.x) have the same messages.
+    pub fn register(&self) -> HashMap<String, ttrpc::r#async::Service> {
+        let mut services = create_task(Arc::new(self.clone()));
+        let v2 = create_task(Arc::new(self.clone()))
+            .into_values()
+            .map(|service| ("containerd.task.v2.Task".to_owned(), service));
+        services.extend(v2);
+        services
+    }
+
+    /// Ends the pod, whatever runs in it.
+    pub async fn stop(&self) {
+        let pod = self.0.state().pod.take();
+        if let Some(pod) = pod {
+            pod.stop().await;
+        }
+    }
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn container(&self, id: &str) -> Result<Arc<Container>, Error> {
+        let found = self.state().containers.get(id).cloned();
+        found.ok_or_else(|| Error::NotFound(format!("container {id}")))
+    }
+
+    fn process(&self, id: &str, exec_id: &str) -> Result<(Arc<Container>, Arc<Process>), Error> {
+        let container = self.container(id)?;
+        let process = container.process(exec_id)?;
+        Ok((container, process))
+    }
+
+    fn tree_numbers(&self) -> u64 {
+        self.next_tree.fetch_add(TREES_STEP, Ordering::Relaxed)
+    }
+}
+
+/// The agent's answer; a broken connection becomes the machine's end, if it is that.
+async fn answer<T>(pod: &Pod, result: ttrpc::Result<T>) -> Result<T, Error> {
+    let error = match result {
+        Ok(answer) => return Ok(answer),
+        Err(error @ ttrpc::Error::RpcStatus(_)) => error,
+        Err(error) => match timeout(Duration::from_secs(1), pod.ended()).await {
+            Ok(end) => return Err(sandbox::Error::Ended(end).into()),
+            Err(_) => error,
+        },
+    };
+    Err(Error::Agent(error))
+}
+
+/// Logs a failed call and makes it a status.
+fn reply<T>(call: &'static str, id: &str, result: Result<T, Error>) -> Rpc<T> {
+    result.map_err(|error| {
+        match &error {
+            Error::NotFound(_) | Error::Finished(_) => {
+                tracing::debug!(call, container = id, %error);
+            }
+            error => tracing::warn!(call, container = id, %error),
+        }
+        error.into()
+    })
+}
+
+impl Shared {
+    fn state_of(&self, id: &str, exec_id: &str) -> Result<StateResponse, Error> {
+        let (container, process) = self.process(id, exec_id)?;
+        let mut state = StateResponse::new();
+        state.id = id.into();
+        state.exec_id = exec_id.into();
+        state.bundle = container.bundle.display().to_string();
+        state.pid = container.pod.pid();
+        state.stdin.clone_from(&process.paths.stdin);
+        state.stdout.clone_from(&process.paths.stdout);
+        state.stderr.clone_from(&process.paths.stderr);
+        state.terminal = process.paths.terminal;
+        let status = match process.phase() {
+            Phase::Created | Phase::Starting => Status::CREATED,
+            Phase::Running if container.is_paused() => Status::PAUSED,
+            Phase::Running => Status::RUNNING,
+            Phase::Stopped(exit) => {
+                state.exit_status = exit.status;
+                state.exited_at = MessageField::some(exit.at);
+                Status::STOPPED
+            }
+        };
+        state.status = status.into();
+        Ok(state)
+    }
+
+    async fn pids(&self, id: &str) -> Result<PidsResponse, Error> {
+        let container = self.container(id)?;
+        let request = container.container_request();
+        let result = container
+            .pod
+            .agent()?
+            .list_pids(deadline(CALL), &request)
+            .await;
+        let pids = answer(&container.pod, result).await?;
+        let mut response = PidsResponse::new();
+        response.processes = pids
+            .pids
+            .iter()
+            .map(|&pid| {
+                let mut info = ProcessInfo::new();
+                info.pid = pid;
+                info
+            })
+            .collect();
+        Ok(response)
+    }
+
+    async fn pause(&self, id: &str, pause: bool) -> Result<Empty, Error> {
+        let container = self.container(id)?;
+        let agent = container.pod.agent()?;
+        let request = container.container_request();
+        let result = if pause {
+            agent.pause(deadline(CALL), &request).await
+        } else {
+            agent.resume(deadline(CALL), &request).await
+        };
+        answer(&container.pod, result).await?;
+        container.set_paused(pause);
+        if pause {
+            let mut event = TaskPaused::new();
+            event.container_id = id.into();
+            self.events.publish(&event);
+        } else {
+            let mut event = TaskResumed::new();
+            event.container_id = id.into();
+            self.events.publish(&event);
+        }
+        Ok(Empty::new())
+    }
+
+    async fn resize(&self, req: &ResizePtyRequest) -> Result<Empty, Error> {
+        let (container, process) = self.process(&req.id, &req.exec_id)?;
+        if process.exit().is_some() {
+            return Err(Error::Finished(container.name(&req.exec_id)));
+        }
+        let mut request = agent::ResizePtyRequest::new();
+        request.container.clone_from(&req.id);
+        request.exec_id.clone_from(&req.exec_id);
+        request.width = req.width;
+        request.height = req.height;
+        let agent = container.pod.agent()?;
+        let result = agent.resize_pty(deadline(CALL), &request).await;
+        answer(&container.pod, result).await?;
+        Ok(Empty::new())
+    }
+
+    async fn update(&self, req: &UpdateTaskRequest) -> Result<Empty, Error> {
+        let container = self.container(&req.id)?;
+        let resources = &req.resources.value;
+        if resources.len() > SPEC_MAX
+            || serde_json::from_slice::<serde_json::Map<_, _>>(resources).is_err()
+        {
+            return Err(crate::spec::Error::Field {
+                field: "resources".into(),
+                why: "is not a JSON object of OCI's LinuxResources".into(),
+            }
+            .into());
+        }
+        let mut request = agent::UpdateRequest::new();
+        request.container.clone_from(&req.id);
+        request.resources.clone_from(resources);
+        let agent = container.pod.agent()?;
+        let result = agent.update(deadline(CALL), &request).await;
+        answer(&container.pod, result).await?;
+        Ok(Empty::new())
+    }
+
+    async fn stats(&self, id: &str) -> Result<StatsResponse, Error> {
+        let container = self.container(id)?;
+        let request = container.container_request();
+        let agent = container.pod.agent()?;
+        let result = agent.stats(deadline(CALL), &request).await;
+        let stats = answer(&container.pod, result).await?;
+        let mut response = StatsResponse::new();
+        response.stats = MessageField::some(stats::to_any(&stats)?);
+        Ok(response)
+    }
+
+    fn connect(&self, id: &str) -> Result<ConnectResponse, Error> {
+        let mut response = ConnectResponse::new();
+        response.shim_pid = std::process::id();
+        response.task_pid = self.container(id)?.pod.pid();
+        response.version = env!("CARGO_PKG_VERSION").into();
+        Ok(response)
+    }
+}
+
+#[async_trait]
+impl Task for Service {
+    async fn state(&self, _: &TtrpcContext, req: StateRequest) -> Rpc<StateResponse> {
+        reply("state", &req.id, self.0.state_of(&req.id, &req.exec_id))
+    }
+
+    async fn create(&self, _: &TtrpcContext, req: CreateTaskRequest) -> Rpc<CreateTaskResponse> {
+        reply("create", &req.id, self.0.create(&req).await)
+    }
+
+    async fn start(&self, _: &TtrpcContext, req: StartRequest) -> Rpc<StartResponse> {
+        let result = self.0.start(&req.id, &req.exec_id).await;
+        reply("start", &req.id, result)
+    }
+
+    async fn delete(&self, _: &TtrpcContext, req: DeleteRequest) -> Rpc<DeleteResponse> {
+        let result = self.0.delete(&req.id, &req.exec_id).await;
+        reply("delete", &req.id, result)
+    }
+
+    async fn pids(&self, _: &TtrpcContext, req: PidsRequest) -> Rpc<PidsResponse> {
+        reply("pids", &req.id, self.0.pids(&req.id).await)
+    }
+
+    async fn pause(&self, _: &TtrpcContext, req: PauseRequest) -> Rpc<Empty> {
+        reply("pause", &req.id, self.0.pause(&req.id, true).await)
+    }
+
+    async fn resume(&self, _: &TtrpcContext, req: ResumeRequest) -> Rpc<Empty> {
+        reply("resume", &req.id, self.0.pause(&req.id, false).await)
+    }
+
+    async fn checkpoint(&self, _: &TtrpcContext, req: CheckpointTaskRequest) -> Rpc<Empty> {
+        let error = Error::Unimplemented("checkpoint");
+        reply("checkpoint", &req.id, Err(error))
+    }
+
+    async fn kill(&self, _: &TtrpcContext, req: KillRequest) -> Rpc<Empty> {
+        reply("kill", &req.id, self.0.kill(&req).await)
+    }
+
+    async fn exec(&self, _: &TtrpcContext, req: ExecProcessRequest) -> Rpc<Empty> {
+        reply("exec", &req.id, self.0.exec(&req).await)
+    }
+
+    async fn resize_pty(&self, _: &TtrpcContext, req: ResizePtyRequest) -> Rpc<Empty> {
+        reply("resize_pty", &req.id, self.0.resize(&req).await)
+    }
+
+    async fn close_io(&self, _: &TtrpcContext, req: CloseIORequest) -> Rpc<Empty> {
+        let found = self.0.process(&req.id, &req.exec_id);
+        let result = found.map(|(_, process)| {
+            if let Some(closer) = process.stdin_closer().filter(|_| req.stdin) {
+                closer.notify_one();
+            }
+            Empty::new()
+        });
+        reply("close_io", &req.id, result)
+    }
+
+    async fn update(&self, _: &TtrpcContext, req: UpdateTaskRequest) -> Rpc<Empty> {
+        reply("update", &req.id, self.0.update(&req).await)
+    }
+
+    async fn wait(&self, _: &TtrpcContext, req: WaitRequest) -> Rpc<WaitResponse> {
+        let result = match self.0.process(&req.id, &req.exec_id) {
+            Ok((_, process)) => {
+                let mut response = WaitResponse::new();
+                if let Some(exit) = process.wait().await {
+                    response.exit_status = exit.status;
+                    response.exited_at = MessageField::some(exit.at);
+                }
+                Ok(response)
+            }
+            Err(error) => Err(error),
+        };
+        reply("wait", &req.id, result)
+    }
+
+    async fn stats(&self, _: &TtrpcContext, req: StatsRequest) -> Rpc<StatsResponse> {
+        reply("stats", &req.id, self.0.stats(&req.id).await)
+    }
+
+    async fn connect(&self, _: &TtrpcContext, req: ConnectRequest) -> Rpc<ConnectResponse> {
+        reply("connect", &req.id, self.0.connect(&req.id))
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, req: ShutdownRequest) -> Rpc<Empty> {
+        // Other containers of the pod keep the shim.
+        let keeps = !self.0.state().containers.is_empty() && !req.now;
+        if !keeps {
+            self.stop().await;
+            self.0.shutdown.notify_one();
+        }
+        Ok(Empty::new())
+    }
+}
