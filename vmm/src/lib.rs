@@ -3,7 +3,9 @@
 pub mod arch;
 pub mod bus;
 pub mod config;
+pub mod control;
 pub mod engine;
+pub mod fs;
 pub mod i8042;
 pub mod limits;
 pub mod machine;

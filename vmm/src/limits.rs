@@ -107,3 +107,6 @@ pub const FS_COPY: usize = 64 << 20;
 
 /// Lines in the log about malformed messages before they are only answered.
 pub const FS_WARNINGS: u32 = 32;
+
+/// Bytes of the VMM's log.
+pub const LOG_BYTES: usize = 1 << 20;

@@ -1,3 +1,168 @@
-//! One machine: how it is built, and why it ended.
+//! One machine: how it is built, what it is doing, and why it ended.
 
+pub mod builder;
 pub mod end;
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Instant;
+
+use serde::Serialize;
+
+use crate::config::EngineKind;
+use crate::engine::emulated::Emulator;
+use crate::engine::kvm::KvmEngine;
+use crate::engine::kvm::exits::ExitCounts;
+use crate::limits;
+use crate::serial::ConsoleRing;
+use crate::virtio::block::{BlockError, Slot};
+
+/// What runs the vCPUs of a machine.
+pub enum Engine {
+    /// Our own.
+    Kvm(KvmEngine),
+    /// QEMU.
+    Emulated(Emulator),
+}
+
+/// A request that a running machine cannot follow.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// No block slot of that name.
+    #[error("there is no block slot {0}")]
+    NoSlot(String),
+    /// The slot refused the file.
+    #[error(transparent)]
+    Block(#[from] BlockError),
+    /// The emulator could not be signalled.
+    #[error("cannot signal the emulator")]
+    Emulator(#[source] std::io::Error),
+}
+
+/// When the guest first dialled the host, and what it took to get there.
+#[derive(Clone, Copy, Debug)]
+struct Ready {
+    at_us: u64,
+    exits: u64,
+}
+
+/// Takes note of the moment when the guest is ready.
+#[derive(Clone)]
+pub struct Readiness {
+    started: Instant,
+    exits: Arc<ExitCounts>,
+    ready: Arc<OnceLock<Ready>>,
+}
+
+impl Readiness {
+    fn new(started: Instant) -> Self {
+        Self {
+            started,
+            exits: Arc::default(),
+            ready: Arc::default(),
+        }
+    }
+
+    /// The guest is ready; only the first call counts.
+    pub fn mark(&self) {
+        self.ready.get_or_init(|| Ready {
+            at_us: self.elapsed_us(),
+            exits: self.exits.total(),
+        });
+    }
+
+    fn elapsed_us(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX)
+    }
+}
+
+/// A machine that was started. It ends with the process.
+pub struct Machine {
+    engine: Engine,
+    slots: Vec<Arc<Slot>>,
+    console: Arc<ConsoleRing>,
+    readiness: Readiness,
+    paused: Mutex<bool>,
+}
+
+/// What the shim can ask to know.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    engine: &'static str,
+    state: &'static str,
+    uptime_us: u64,
+    exits: BTreeMap<&'static str, u64>,
+    exits_until_ready: Option<u64>,
+    ready_us: Option<u64>,
+    vmm_pid: u32,
+    emulator_pid: Option<u32>,
+    console: String,
+}
+
+impl Machine {
+    /// Stops the vCPUs; devices finish what they have. Pausing twice is pausing once.
+    pub fn pause(&self) -> Result<(), MachineError> {
+        let mut paused = self.paused.lock().unwrap_or_else(PoisonError::into_inner);
+        match &self.engine {
+            Engine::Kvm(engine) => engine.pause(),
+            Engine::Emulated(emulator) => emulator.pause().map_err(MachineError::Emulator)?,
+        }
+        *paused = true;
+        Ok(())
+    }
+
+    /// Lets the vCPUs go on.
+    pub fn resume(&self) -> Result<(), MachineError> {
+        let mut paused = self.paused.lock().unwrap_or_else(PoisonError::into_inner);
+        match &self.engine {
+            Engine::Kvm(engine) => engine.resume(),
+            Engine::Emulated(emulator) => emulator.resume().map_err(MachineError::Emulator)?,
+        }
+        *paused = false;
+        Ok(())
+    }
+
+    /// Makes `file` the backing of an empty block slot.
+    pub fn attach(&self, slot: &str, file: File) -> Result<(), MachineError> {
+        let found = self.slots.iter().find(|known| known.id() == slot);
+        let slot = found.ok_or_else(|| MachineError::NoSlot(slot.to_owned()))?;
+        Ok(slot.attach(file)?)
+    }
+
+    /// Counters and state.
+    pub fn report(&self) -> Report {
+        let paused = *self.paused.lock().unwrap_or_else(PoisonError::into_inner);
+        let ready = self.readiness.ready.get();
+        let (kind, emulator_pid) = match &self.engine {
+            Engine::Kvm(_) => (EngineKind::Kvm, None),
+            Engine::Emulated(emulator) => (EngineKind::Emulated, Some(emulator.pid())),
+        };
+        // The emulator's exits are its own; ours are none.
+        let counted = emulator_pid.is_none();
+        Report {
+            engine: kind.name(),
+            state: if paused { "paused" } else { "running" },
+            uptime_us: self.readiness.elapsed_us(),
+            exits: if counted {
+                self.readiness.exits.by_name()
+            } else {
+                BTreeMap::new()
+            },
+            exits_until_ready: ready.filter(|_| counted).map(|ready| ready.exits),
+            ready_us: ready.map(|ready| ready.at_us),
+            vmm_pid: std::process::id(),
+            emulator_pid,
+            console: self.console.tail(limits::CONSOLE_TAIL_BYTES),
+        }
+    }
+
+    /// Ends what is not a part of this process.
+    pub fn kill(&self) {
+        if let Engine::Emulated(emulator) = &self.engine
+            && let Err(error) = emulator.kill()
+        {
+            tracing::warn!(%error, "cannot kill the emulator");
+        }
+    }
+}

@@ -8,13 +8,16 @@
 //! Guest bytes enter in two places only: a transport's registers, and [`queue::VirtQueue::pop`], which
 //! checks every descriptor before a device sees it.
 
+pub mod block;
 pub mod chain;
 pub mod fs;
 pub mod queue;
+pub mod rng;
 #[cfg(test)]
 pub mod testing;
 pub mod transport;
 pub mod vsock;
+pub mod worker;
 
 use std::sync::Arc;
 

@@ -1,0 +1,121 @@
+//! `bulkhead-vmm`: one machine, started and asked by the shim.
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+use bulkhead_vmm::config::MachineConfig;
+use bulkhead_vmm::control::Control;
+use bulkhead_vmm::limits;
+use bulkhead_vmm::machine::builder;
+use bulkhead_vmm::machine::end::{End, EndReason, EndSender, end_channel};
+use bulkhead_vmm::serial::ConsoleRing;
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+
+/// Runs one machine, described by machine.json in its state folder.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// The pod's state folder
+    #[arg(long)]
+    state_dir: PathBuf,
+}
+
+fn main() {
+    let started = Instant::now();
+    let arguments = Arguments::parse();
+    log_to_stderr();
+    let console = ConsoleRing::new();
+    record_panics(&arguments.state_dir, &console);
+    let end = run(&arguments.state_dir, &console, started);
+    tracing::info!(reason = ?end.reason, "{}", end.detail);
+    if let Err(error) = end.record(&arguments.state_dir, &console) {
+        tracing::error!(%error, "cannot write exit.json");
+    }
+    // At once: vCPU and device threads end with the process.
+    std::process::exit(end.reason.exit_code());
+}
+
+fn run(state_dir: &Path, console: &Arc<ConsoleRing>, started: Instant) -> End {
+    let config = match MachineConfig::load(state_dir) {
+        Ok(config) => config,
+        Err(error) => return failure(EndReason::ConfigInvalid, error),
+    };
+    let (sender, receiver) = end_channel();
+    let machine = match start(&config, console, sender, started) {
+        Ok(machine) => machine,
+        Err(error) => return failure(EndReason::EngineFailed, error),
+    };
+    tracing::info!(engine = config.engine.name(), "machine started");
+    let end = receiver.recv().unwrap_or_else(|_| {
+        End::new(
+            EndReason::EngineFailed,
+            "nothing is left that could run the machine",
+        )
+    });
+    machine.kill();
+    end
+}
+
+fn start(
+    config: &MachineConfig,
+    console: &Arc<ConsoleRing>,
+    sender: EndSender,
+    started: Instant,
+) -> anyhow::Result<Arc<bulkhead_vmm::machine::Machine>> {
+    // Bound first, so that the shim can connect from the start.
+    let control = Control::bind(&config.state_dir)?;
+    let machine = builder::build(config, console.clone(), sender.clone(), started)?;
+    let machine = Arc::new(machine);
+    control.serve(machine.clone(), sender)?;
+    Ok(machine)
+}
+
+fn failure(reason: EndReason, error: impl Into<anyhow::Error>) -> End {
+    End::new(reason, format!("{:#}", error.into()))
+}
+
+/// A bug in this program ends the machine with a reason too.
+fn record_panics(state_dir: &Path, console: &Arc<ConsoleRing>) {
+    let (state_dir, console) = (state_dir.to_owned(), console.clone());
+    std::panic::set_hook(Box::new(move |info| {
+        let end = End::new(
+            EndReason::EngineFailed,
+            format!("bug in bulkhead-vmm: {info}"),
+        );
+        tracing::error!("{}", end.detail);
+        let _ = end.record(&state_dir, &console);
+        std::process::abort();
+    }));
+}
+
+fn log_to_stderr() {
+    let filter = EnvFilter::try_from_env("BULKHEAD_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(false)
+        .with_target(false)
+        .with_writer(|| CappedStderr)
+        .init();
+}
+
+/// The log is a file in the state folder; a guest that causes warnings must not fill the disk.
+struct CappedStderr;
+
+static LOGGED: AtomicUsize = AtomicUsize::new(0);
+
+impl Write for CappedStderr {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if LOGGED.fetch_add(bytes.len(), Ordering::Relaxed) < limits::LOG_BYTES {
+            io::stderr().write_all(bytes)?;
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,168 @@
+//! The device and its queue.
+
+use std::io::{self, Write};
+use std::time::{Duration, Instant};
+
+use crate::limits;
+use crate::virtio::queue::{QueueError, VirtQueue};
+use crate::virtio::worker::Worker;
+use crate::virtio::{ActivateError, Activation, VirtioDevice};
+
+const DEVICE_TYPE: u32 = 4;
+const QUEUE_SIZES: [u16; 1] = [64];
+
+/// The entropy device.
+#[derive(Default)]
+pub struct Rng {
+    worker: Option<Worker>,
+}
+
+impl VirtioDevice for Rng {
+    fn device_type(&self) -> u32 {
+        DEVICE_TYPE
+    }
+
+    fn name(&self) -> &'static str {
+        "rng"
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let queue = activation.queues.into_iter().next().flatten();
+        let mut queue = queue.ok_or(ActivateError::MissingQueue(0))?;
+        let kick = queue
+            .kick()
+            .try_clone()
+            .map_err(|source| ActivateError::Io {
+                what: "share an event",
+                source,
+            })?;
+        let mut budget = Budget::new();
+        self.worker = Some(Worker::start("rng", vec![kick], move || {
+            match serve(&mut queue, &mut budget) {
+                Ok(()) => true,
+                Err(error) => {
+                    tracing::warn!(%error, "rng stops");
+                    false
+                }
+            }
+        })?);
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.worker = None;
+    }
+}
+
+fn serve(queue: &mut VirtQueue, budget: &mut Budget) -> Result<(), QueueError> {
+    let memory = queue.memory().clone();
+    loop {
+        let Some(chain) = queue.pop()? else {
+            if queue.enable_kicks()? {
+                continue;
+            }
+            return Ok(());
+        };
+        let wanted = chain.writable_len().min(limits::RNG_REQUEST_BYTES);
+        let mut bytes = vec![0; wanted];
+        budget.spend(wanted);
+        let written =
+            match random(&mut bytes).and_then(|()| chain.writer(&memory).write_all(&bytes)) {
+                Ok(()) => wanted as u32,
+                Err(error) => {
+                    tracing::warn!(%error, "no random bytes for the guest");
+                    0
+                }
+            };
+        queue.push(chain, written)?;
+        queue.notify()?;
+    }
+}
+
+fn random(mut bytes: &mut [u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        // SAFETY: the pointer and length are those of a slice that is ours to write.
+        let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+        match usize::try_from(got) {
+            Ok(got) => bytes = bytes.get_mut(got..).unwrap_or_default(),
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A guest that only asks for random bytes waits, rather than keeping a host processor busy.
+struct Budget {
+    left: usize,
+    renewed: Instant,
+}
+
+impl Budget {
+    fn new() -> Self {
+        Self {
+            left: limits::RNG_BYTES_PER_SECOND,
+            renewed: Instant::now(),
+        }
+    }
+
+    fn spend(&mut self, bytes: usize) {
+        let second = Duration::from_secs(1);
+        if self.renewed.elapsed() >= second {
+            *self = Self::new();
+        }
+        match self.left.checked_sub(bytes) {
+            Some(left) => self.left = left,
+            // Short enough that a reset, which waits for this thread, hardly notices.
+            None => std::thread::sleep(Duration::from_millis(10)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::virtio::testing::{CountingInterrupt, DriverQueue, memory};
+
+    #[test]
+    fn a_buffer_is_filled_up_to_the_cap() {
+        let memory = memory();
+        let interrupt = CountingInterrupt::new();
+        let (mut driver, queue) = DriverQueue::new(&memory, 0, 0x10000, 16, interrupt.clone());
+        driver.offer_chain(0, &[(0x20_0000, 64, true)]);
+        driver.offer_chain(1, &[(0x30_0000, 1 << 20, true)]);
+        driver.offer_chain(2, &[(0x40_0000, 64, false)]);
+        let mut rng = Rng::default();
+        rng.activate(Activation {
+            memory: memory.clone(),
+            features: 0,
+            queues: vec![Some(queue)],
+            interrupt: interrupt.clone(),
+        })
+        .unwrap();
+        let mut used = Vec::new();
+        while used.len() < 3 {
+            match driver.used() {
+                Some(entry) => used.push(entry),
+                None => drop(interrupt.event.read()),
+            }
+        }
+        rng.reset();
+        assert_eq!(used, [(0, 64), (1, 4096), (2, 0)]);
+        let mut bytes = [0; 64];
+        memory
+            .read_slice(&mut bytes, GuestAddress(0x20_0000))
+            .unwrap();
+        assert_ne!(bytes, [0; 64]);
+    }
+}
