@@ -18,11 +18,12 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     args::Args,
-    config::Config,
     sandbox::state::{check_id, hex, make_private_dir},
     spec,
 };
 
+/// Folder of the shims' sockets, mode 0700.
+const SOCKETS: &str = "/run/containerd/s";
 /// The listening socket's number in the daemon.
 const LISTENER_FD: i32 = 3;
 
@@ -58,12 +59,11 @@ pub enum Error {
     Daemon(#[source] io::Error),
 }
 
-/// The socket of a pod's shim: like the Go shims' a hash of containerd's address, namespace and id, in our private
-/// folder.
-pub fn socket_path(state: &Path, address: &str, namespace: &str, pod: &str) -> PathBuf {
+/// The socket of a pod's shim, where every shim has it: named by a hash of containerd's address, namespace and id.
+pub fn socket_path(address: &str, namespace: &str, pod: &str) -> PathBuf {
     let name = Path::new(address).join(namespace).join(pod);
     let hash = Sha256::digest(name.as_os_str().as_encoded_bytes());
-    state.join("s").join(hex(&hash, 32))
+    Path::new(SOCKETS).join(hex(&hash, 64))
 }
 
 /// What `start` prints: JSON where containerd says that it knows version 3 (2.x), else the address alone.
@@ -78,14 +78,14 @@ pub fn answer(socket: &Path, max_version: Option<&str>) -> String {
 }
 
 /// The command `start`, with the bundle as working folder: gives back what is to be printed.
-pub fn start(args: &Args, config: &Config) -> Result<String, Error> {
+pub fn start(args: &Args) -> Result<String, Error> {
     check_id("namespace", &args.namespace)?;
     check_id("id", &args.id)?;
     let max_version = env::var("MAX_SHIM_VERSION").ok();
     let sandbox = spec::sandbox_of(Path::new("."), &args.id)?;
     let pod = sandbox.as_deref().unwrap_or(&args.id);
     check_id("sandbox-id", pod)?;
-    let socket = socket_path(&config.state, &args.address, &args.namespace, pod);
+    let socket = socket_path(&args.address, &args.namespace, pod);
     match UnixStream::connect(&socket) {
         // The shim is there: it serves this container as well.
         Ok(_) => {}
@@ -96,20 +96,18 @@ pub fn start(args: &Args, config: &Config) -> Result<String, Error> {
                 source,
             });
         }
-        Err(_) => spawn_daemon(args, &config.state, &socket)?,
+        Err(_) => spawn_daemon(args, &socket)?,
     }
     write_address(&socket)?;
     Ok(answer(&socket, max_version.as_deref()))
 }
 
-fn spawn_daemon(args: &Args, state: &Path, socket: &Path) -> Result<(), Error> {
+fn spawn_daemon(args: &Args, socket: &Path) -> Result<(), Error> {
     let path_error = |path: &Path| {
         let path = path.to_owned();
         move |source| Error::Path { path, source }
     };
-    make_private_dir(state).map_err(path_error(state))?;
-    let folder = state.join("s");
-    make_private_dir(&folder).map_err(path_error(&folder))?;
+    make_private_dir(Path::new(SOCKETS)).map_err(path_error(Path::new(SOCKETS)))?;
     remove_socket(socket).map_err(path_error(socket))?;
     let listener = UnixListener::bind(socket).map_err(path_error(socket))?;
     let daemon = spawn_with(&listener, args);
@@ -191,9 +189,11 @@ mod tests {
 
     #[test]
     fn the_address_depends_on_containerd_namespace_and_pod() {
-        let path = |a, n, p| socket_path(Path::new("/run/bulkhead"), a, n, p);
+        let path = socket_path;
         let one = path("/run/containerd/containerd.sock", "default", "web");
-        assert!(one.starts_with("/run/bulkhead/s") && one.as_os_str().len() < 108);
+        // sha256 of "/run/containerd/containerd.sock/default/web"
+        let hash = "2cde4450fa38c74f53603e01d2afd903b315a27a596f12a151414cd59897d883";
+        assert_eq!(one, Path::new("/run/containerd/s").join(hash));
         assert_ne!(one, path("/run/other.sock", "default", "web"));
         assert_ne!(
             one,
@@ -211,13 +211,13 @@ mod tests {
 
     #[test]
     fn the_answer_is_an_address_for_1_x_and_json_for_2_x() {
-        let socket = Path::new("/run/bulkhead/s/abc");
+        let socket = Path::new("/run/containerd/s/abc");
         for version in [None, Some("2"), Some("x")] {
-            assert_eq!(answer(socket, version), "unix:///run/bulkhead/s/abc");
+            assert_eq!(answer(socket, version), "unix:///run/containerd/s/abc");
         }
         let value: serde_json::Value = serde_json::from_str(&answer(socket, Some("3"))).unwrap();
         let expected =
-            json!({ "version": 3, "address": "unix:///run/bulkhead/s/abc", "protocol": "ttrpc" });
+            json!({ "version": 3, "address": "unix:///run/containerd/s/abc", "protocol": "ttrpc" });
         assert_eq!(value, expected);
     }
 }

@@ -57,7 +57,7 @@ pub fn delete(args: &Args, config: &Config) -> Result<DeleteResponse, Error> {
     }
     let vmm = ProcessId::load(&dir.join("vmm.pid"));
     if is_ours(owner, &bundle, sandbox.is_some()) {
-        let socket = socket_path(&config.state, &args.address, &args.namespace, pod);
+        let socket = socket_path(&args.address, &args.namespace, pod);
         clean(&dir, owner, &socket)?;
     }
     Ok(response(vmm))

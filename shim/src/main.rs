@@ -58,7 +58,7 @@ fn run() -> anyhow::Result<()> {
     let config = Config::load()?;
     match args.action.as_str() {
         "start" => {
-            let answer = bootstrap::start(&args, &config)?;
+            let answer = bootstrap::start(&args)?;
             Ok(stdout().write_all(answer.as_bytes())?)
         }
         "delete" => {
@@ -103,7 +103,7 @@ fn serve(args: &Args, config: Config) -> anyhow::Result<()> {
 }
 
 async fn serve_on(args: &Args, config: Config, listener: UnixListener) -> anyhow::Result<()> {
-    let socket = bootstrap::socket_path(&config.state, &args.address, &args.namespace, &args.id);
+    let socket = bootstrap::socket_path(&args.address, &args.namespace, &args.id);
     let events = Publisher::start(
         &args.namespace,
         Route::new(&args.address, &args.publish_binary),

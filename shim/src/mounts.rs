@@ -76,6 +76,8 @@ pub struct Tree {
     pub readonly: bool,
     /// With the mounts below it.
     pub recursive: bool,
+    /// Others may change it meanwhile, so that nothing of it is kept in caches.
+    pub shared: bool,
 }
 
 impl Tree {
@@ -140,8 +142,16 @@ impl Planner {
             path: path.to_owned(),
             readonly,
             recursive,
+            shared: false,
         });
         Ok(id)
+    }
+
+    /// The tree that was added last is no snapshot of containerd's: it may be in use elsewhere.
+    fn mark_shared(&mut self) {
+        if let Some(tree) = self.trees.last_mut() {
+            tree.shared = true;
+        }
     }
 
     fn rootfs(&mut self, mounts: &[Mount], spec: &Spec) -> Result<Rootfs, Error> {
@@ -186,11 +196,16 @@ impl Planner {
         if entries.next().is_none() {
             return Err(bad(
                 "rootfs",
-                format!("no mounts were given, and {} is empty", path.display()),
+                format!(
+                    "no mounts were given, and {} is empty: {:?} is not found there",
+                    path.display(),
+                    spec.program()
+                ),
             ));
         }
         // A read-only root is the agent's mount flag; the tree as well, so that it holds outside the guest.
         let id = self.add("rootfs", path, spec.root_readonly, true)?;
+        self.mark_shared();
         Ok(single(id, spec.root_readonly))
     }
 
@@ -283,6 +298,7 @@ impl Planner {
             let source = PathBuf::from(text(mount, "source"));
             check_source(&format!("{field}.source"), &source)?;
             let id = self.add(&field, &source, readonly, recursive)?;
+            self.mark_shared();
             if let Some(mount) = mount.as_object_mut() {
                 mount.insert("source".into(), format!("{GUEST_TREES}/{id}").into());
             }

@@ -5,7 +5,7 @@ use super::*;
 fn bundle(mounts: Value) -> (tempfile::TempDir, Spec) {
     let dir = tempfile::tempdir().unwrap();
     let spec = json!({
-        "process": { "args": ["sh"] }, "mounts": mounts,
+        "process": { "args": ["sh"] }, "root": { "path": "rootfs" }, "mounts": mounts,
         "linux": { "namespaces": [{ "type": "network" }] }
     });
     fs::write(dir.path().join("config.json"), spec.to_string()).unwrap();
@@ -84,7 +84,10 @@ fn an_empty_rootfs_and_unknown_kinds_are_refused_by_name() {
     assert!(error.starts_with("rootfs: no mounts were given"), "{error}");
     fs::create_dir(dir.path().join("rootfs")).unwrap();
     let error = Plan::new(&[], &mut spec, 0).unwrap_err().to_string();
-    assert!(error.ends_with("rootfs is empty"), "{error}");
+    assert!(
+        error.contains("rootfs is empty: \"sh\" is not found"),
+        "{error}"
+    );
     let erofs = mount("erofs", "/x.img", &[]);
     let error = Plan::new(&[erofs], &mut spec, 0).unwrap_err().to_string();
     assert!(error.contains("\"erofs\" is not supported"), "{error}");
@@ -107,6 +110,7 @@ fn bind_mounts_become_trees_and_the_guests_own_pass_through() {
     assert_eq!(trees.len(), 2);
     assert!(trees[0].readonly && trees[0].recursive);
     assert!(!trees[1].readonly && !trees[1].recursive);
+    assert!(trees.iter().all(|tree| tree.shared));
     assert_eq!(spec.value["mounts"][0]["source"], "proc");
     assert_eq!(spec.value["mounts"][1]["source"], "/run/bulkhead/trees/t1");
     assert_eq!(spec.value["mounts"][2]["source"], "/run/bulkhead/trees/t2");

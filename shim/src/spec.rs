@@ -173,6 +173,10 @@ impl Spec {
             }
             _ => {}
         }
+        let root = self.view.root.as_ref();
+        if root.is_none_or(|r| r.path.as_os_str().is_empty()) {
+            return Err(field("root.path", "is missing or empty"));
+        }
         self.check_annotations()?;
         for hook in HOST_HOOKS {
             let hooks = self.view.hooks.get(hook).and_then(Value::as_array);
@@ -267,6 +271,12 @@ impl Spec {
             vcpus: self.number(VCPUS)?.unwrap_or(config.vcpus),
             memory_mib: base.max(for_limit.min(host_mib).min(config::MEMORY_MAX_MIB)),
         })
+    }
+
+    /// The program that the container runs.
+    pub fn program(&self) -> &str {
+        let process = self.view.process.as_ref();
+        process.and_then(|p| p.args.first()).map_or("", |arg| arg)
     }
 
     /// The JSON for the agent.
@@ -410,6 +420,7 @@ mod tests {
         for (pointer, value, names) in [
             ("/process", Value::Null, "process: is missing"),
             ("/process/args", json!([]), "process.args: is empty"),
+            ("/root/path", json!(""), "root.path: is missing or empty"),
             (
                 "/linux/namespaces",
                 json!([{"type":"pid"}]),

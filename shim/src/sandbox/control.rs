@@ -130,8 +130,8 @@ impl Client {
 }
 
 /// `{"op":"add",…}`.
-pub fn add_tree(id: &str, readonly: bool) -> Value {
-    json!({ "op": "add", "id": id, "readonly": readonly })
+pub fn add_tree(id: &str, readonly: bool, shared: bool) -> Value {
+    json!({ "op": "add", "id": id, "readonly": readonly, "shared": shared })
 }
 
 /// `{"op":"remove",…}`.
@@ -295,7 +295,7 @@ mod tests {
         let file = File::open("/dev/null").unwrap().into();
         let client = Client::new(&path);
         client
-            .request_blocking(&add_tree("t1", true), Some(file))
+            .request_blocking(&add_tree("t1", true, false), Some(file))
             .unwrap();
         assert_eq!(peer.join().unwrap(), 1);
     }

@@ -40,6 +40,7 @@ use self::{
     state::{Owner, ProcessId},
 };
 use crate::{
+    check,
     config::{Config, Engine},
     mounts::Tree,
 };
@@ -70,6 +71,25 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// What the machine is made of.
+    #[error("{what} {path}: {why}")]
+    File {
+        /// The configuration's key.
+        what: &'static str,
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// `/dev/kvm`.
+    #[error("engine \"kvm\": {0}")]
+    Kvm(#[from] check::kvm::Error),
+    /// KVM is there, but no hardware.
+    #[error(
+        "engine \"kvm\": /dev/kvm is without hardware virtualization (a guest instruction takes {0:.0} ns): \
+         no kernel would boot; see `bulkhead check`"
+    )]
+    NoHardware(f64),
     /// A helper does not start.
     #[error("starting {program}: {source}")]
     Spawn {
@@ -322,7 +342,7 @@ impl Pod {
     }
 
     async fn add_tree(&self, tree: &Tree, fd: OwnedFd) -> Result<(), Error> {
-        let request = control::add_tree(&tree.id, tree.readonly);
+        let request = control::add_tree(&tree.id, tree.readonly, tree.shared);
         self.files.request(request, Some(fd)).await?;
         Ok(())
     }
@@ -379,6 +399,31 @@ impl Pod {
         )
         .await;
     }
+}
+
+/// Checks what a machine is made of, before anything is started for it.
+pub async fn preflight(config: &Config) -> Result<(), Error> {
+    let config = config.clone();
+    tokio::task::spawn_blocking(move || preflight_blocking(&config))
+        .await
+        .unwrap_or(Ok(()))
+}
+
+fn preflight_blocking(config: &Config) -> Result<(), Error> {
+    let file = |what, path: &Path| {
+        let path = path.to_owned();
+        move |why| Error::File { what, path, why }
+    };
+    check::host::check_kernel(&config.kernel).map_err(file("kernel", &config.kernel))?;
+    check::host::check_initramfs(&config.initramfs)
+        .map_err(file("initramfs", &config.initramfs))?;
+    if config.engine == Engine::Kvm {
+        let ns = check::kvm::instruction_ns()?;
+        if ns >= check::kvm::SLOW_NS {
+            return Err(Error::NoHardware(ns));
+        }
+    }
+    Ok(())
 }
 
 /// A context with a time limit for a call to the agent.

@@ -174,12 +174,7 @@ impl ProcessId {
     }
 
     fn session(self) -> Vec<i32> {
-        let Ok(entries) = fs::read_dir("/proc") else {
-            return Vec::new();
-        };
-        entries
-            .flatten()
-            .filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok())
+        pids()
             .filter(|&pid| pid != self.pid)
             .filter(|&pid| {
                 stat(pid).is_some_and(|s| {
@@ -190,15 +185,36 @@ impl ProcessId {
     }
 }
 
+fn pids() -> impl Iterator<Item = i32> {
+    fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|e| e.file_name().to_str()?.parse().ok())
+}
+
+fn processes() -> impl Iterator<Item = ProcessId> {
+    pids().filter_map(ProcessId::of)
+}
+
+/// Whether a process was started with `--state-dir <dir>`.
+fn has_argument(pid: i32, dir: &Path) -> bool {
+    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let mut args = line.split(|&b| b == 0);
+    args.any(|arg| arg == b"--state-dir") && args.next() == Some(dir.as_os_str().as_bytes())
+}
+
 /// The children whose pid files may stand in a pod's folder.
 pub const CHILDREN: [&str; 2] = ["vmm.pid", "fs.pid"];
 
-/// Kills what the pid files name and waits for its end.
+/// Kills what the pid files name and waits for its end. A shim that died in the middle of a start may not have
+/// written them yet: so whoever was started with this folder is found by its command line as well.
 pub fn kill_children(dir: &Path) {
-    let children: Vec<ProcessId> = CHILDREN
+    let mut children: Vec<ProcessId> = CHILDREN
         .iter()
         .filter_map(|name| ProcessId::load(&dir.join(name)))
         .collect();
+    children.extend(processes().filter(|id| has_argument(id.pid, dir)));
     for child in &children {
         child.kill_session();
     }

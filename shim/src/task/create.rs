@@ -115,6 +115,7 @@ impl Shared {
             pod.add_trees(trees).await?;
             return Ok(pod);
         }
+        sandbox::preflight(&self.config).await?;
         let size = spec.size(&self.config, spec::host_memory_mib())?;
         let (pod, ready) = Pod::start(&self.config, &self.namespace, &self.pod_id, bundle, size)?;
         self.state().pod = Some(pod.clone());
