@@ -88,7 +88,7 @@ for top, folders, files in os.walk('/'):
         .mount(mount)
         .flags(&["--env", "PYTHONHOME=/py/usr"])
         .args(&[
-            "/py/lib64/ld-linux-x86-64.so.2",
+            "/py/usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2",
             "--library-path",
             "/py/usr/lib/x86_64-linux-gnu",
             "/py/usr/bin/python3",

@@ -1,8 +1,8 @@
 //! A task's states, what `ctr task` tells of it, and the events.
 
 use bulkhead_harness::{
-    Image, Outcome, Suite, Test, ensure, ensure_eq, events::Events, runner::ANY, runner::MACHINES,
-    test,
+    Image, Outcome, Suite, Test, ensure, ensure_eq, events::Events, failure::write, runner::ANY,
+    runner::MACHINES, test,
 };
 
 use crate::lifecycle;
@@ -172,21 +172,23 @@ fn deleted_by_force_while_it_runs(suite: &Suite) -> Outcome {
 
 fn created_container_can_be_started_again_after_its_end(suite: &Suite) -> Outcome {
     let name = suite.name("again");
-    let runtime = suite.runtime();
+    let folder = suite.folder("again")?;
+    write(folder.join("script"), "echo run >>/count; wc -l </count")?;
+    let mount = format!(
+        "type=bind,src={},dst=/again,options=rbind:ro",
+        folder.display()
+    );
     let image = Image::Busybox.reference();
-    let script = "echo run >>/count; wc -l </count";
     suite
         .ctr([
             "container",
             "create",
             "--runtime",
-            runtime,
-            &image,
-            &name,
-            "sh",
-            "-c",
-            script,
+            suite.runtime(),
+            "--mount",
+            &mount,
         ])
+        .args([&image, &name, "sh", "/again/script"])
         .output()?
         .ok()?;
     for round in ["1", "2"] {

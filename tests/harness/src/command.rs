@@ -373,12 +373,9 @@ impl Drop for Running {
 }
 
 impl Output {
-    /// Stdout as text, without the end's white space; a terminal's `\r\n` is `\n`.
+    /// Stdout as text, without the end's white space and without a terminal's carriage returns.
     pub fn text(&self) -> String {
-        text(&self.stdout)
-            .replace("\r\n", "\n")
-            .trim_end()
-            .to_owned()
+        text(&self.stdout).replace('\r', "").trim_end().to_owned()
     }
 
     /// Stderr as text, without the end's white space.

@@ -112,6 +112,7 @@ impl<'a> Run<'a> {
     /// With a terminal of this size.
     pub fn terminal(mut self, rows: u16, columns: u16) -> Self {
         self.terminal = Some((rows, columns));
+        self.input = Input::Open;
         self.flag("--tty")
     }
 
@@ -159,6 +160,7 @@ impl<'a> Run<'a> {
         let pod = Pod {
             suite: self.suite,
             name: self.name.clone(),
+            attached: false,
             gone: false,
         };
         self.invocation(&["-d", "--null-io"]).output()?.ok()?;
@@ -170,6 +172,7 @@ impl<'a> Run<'a> {
         let pod = Pod {
             suite: self.suite,
             name: self.name.clone(),
+            attached: true,
             gone: false,
         };
         let running = self.invocation(&[]).spawn()?;
@@ -182,6 +185,8 @@ impl<'a> Run<'a> {
 pub struct Pod<'a> {
     suite: &'a Suite,
     name: String,
+    /// A client waits for it, and removes its task at the end.
+    attached: bool,
     gone: bool,
 }
 
@@ -278,15 +283,22 @@ impl Pod<'_> {
         self.delete()
     }
 
-    /// Removes the container, which has ended or is about to.
+    /// Removes the container, which has ended or is about to; its exit status (0 if an attached client had it).
     pub fn delete(mut self) -> Outcome<i32> {
-        self.wait_status("STOPPED", self.suite.scale.seconds(20))?;
-        let status = self.task(&["rm"]).output()?.status;
+        let mut status = 0;
+        if !self.attached {
+            self.wait_status("STOPPED", self.suite.scale.seconds(20))?;
+            let removed = self.task(&["rm"]).output()?.ok()?.errors();
+            if let Some((_, code)) = removed.split_once("non-zero exit code ") {
+                let digits: String = code.chars().take_while(char::is_ascii_digit).collect();
+                status = digits
+                    .parse()
+                    .context(format_args!("exit code in {removed}"))?;
+            }
+        }
         self.gone = true;
-        self.suite
-            .ctr(["container", "rm", &self.name])
-            .output()?
-            .ok()?;
+        let remove = self.suite.ctr(["container", "rm", &self.name]);
+        remove.output()?.ok()?;
         Ok(status)
     }
 
@@ -305,6 +317,7 @@ impl Pod<'_> {
 impl Drop for Pod<'_> {
     fn drop(&mut self) {
         if !self.gone {
+            self.suite.save_logs();
             let short = self.suite.scale.seconds(10);
             let _ = self.task(&["rm", "-f"]).limit(short).output();
             let _ = self
@@ -351,6 +364,7 @@ impl Exec<'_> {
     /// With a terminal of this size.
     pub fn terminal(mut self, rows: u16, columns: u16) -> Self {
         self.terminal = Some((rows, columns));
+        self.input = Input::Open;
         self.flags.push("--tty".into());
         self
     }

@@ -60,6 +60,7 @@ pub fn run(suite: &Suite, tests: &[&Test]) -> Tally {
     for (index, test) in tests.iter().enumerate() {
         let start = Instant::now();
         let log = suite.log_mark();
+        suite.forget_logs();
         let end = one(suite, test);
         let word = match &end {
             Ok(()) => "ok",

@@ -93,6 +93,7 @@ pub struct Suite {
     counter: Cell<u32>,
     rootfs: OnceCell<PathBuf>,
     probe: OnceCell<String>,
+    saved: RefCell<String>,
 }
 
 impl Suite {
@@ -112,6 +113,7 @@ impl Suite {
             counter: Cell::new(0),
             rootfs: OnceCell::new(),
             probe: OnceCell::new(),
+            saved: RefCell::default(),
         };
         make_folder(&suite.run)?;
         make_folder(&suite.data)?;
@@ -372,29 +374,32 @@ impl Suite {
         let _ = self.configure("");
     }
 
-    /// The ends of every log: what a person needs who reads a failure.
-    pub fn logs(&self, since: usize) -> String {
-        let mut text = String::new();
-        let mut add = |title: String, body: &str| {
-            if !body.trim().is_empty() {
-                text.push_str(&format!("--- {title}\n{}\n", tail(body, 3000).trim_end()));
-            }
-        };
+    /// Keeps the logs in the state folders, which are about to go.
+    pub fn save_logs(&self) {
+        let mut text = self.saved.borrow_mut();
         for entry in fs::read_dir(self.state()).into_iter().flatten().flatten() {
             for file in ["vmm.log", "fs.log", "exit.json"] {
                 let path = entry.path().join(file);
-                if let Ok(body) = read(&path) {
-                    add(path.display().to_string(), &body.replace("\\n", "\n"));
-                }
+                let body = read(&path).unwrap_or_default().replace("\\n", "\n");
+                add_log(&mut text, &path.to_string_lossy(), &body);
             }
         }
+    }
+
+    /// The ends of every log since `since`: what a person needs who reads a failure.
+    pub fn logs(&self, since: usize) -> String {
+        self.save_logs();
+        let mut text = self.saved.take();
         if let Ok(body) = read(self.run.join("main/containerd.log")) {
-            add(
-                "containerd and shims".into(),
-                body.get(since..).unwrap_or(&body),
-            );
+            let body = body.get(since..).unwrap_or(&body);
+            add_log(&mut text, "containerd and shims", body);
         }
         text
+    }
+
+    /// Drops what [`save_logs`](Self::save_logs) kept.
+    pub fn forget_logs(&self) {
+        self.saved.take();
     }
 
     /// Length of containerd's log, for [`logs`](Self::logs).
@@ -427,6 +432,12 @@ impl Drop for Suite {
             let _ = fs::remove_dir(hierarchy.path().join(&self.namespace));
         }
         let _ = fs::remove_dir(Path::new("/sys/fs/cgroup").join(&self.namespace));
+    }
+}
+
+fn add_log(text: &mut String, title: &str, body: &str) {
+    if !body.trim().is_empty() {
+        text.push_str(&format!("--- {title}\n{}\n", tail(body, 3000).trim_end()));
     }
 }
 
