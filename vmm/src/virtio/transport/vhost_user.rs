@@ -34,6 +34,9 @@ use crate::virtio::{
 /// Offset of `idx` in a used ring (virtio 1.3 section 2.7.8).
 const USED_INDEX: u64 = 2;
 
+/// VIRTQUEUE_MAX_SIZE of the emulator.
+const LARGEST_RING: u16 = 1024;
+
 /// Serves `device` on `socket` from a thread of its own, which ends once the emulator hangs up.
 pub fn serve(device: Box<dyn VirtioDevice>, socket: UnixStream) -> io::Result<JoinHandle<()>> {
     let name = device.name();
@@ -140,7 +143,7 @@ impl Backend {
                 let offset = user.checked_sub(region.user)?;
                 (offset < region.size).then(|| region.guest.checked_add(offset))?
             })
-            .ok_or(Error::InvalidParam)
+            .ok_or(Error::InvalidOperation("address outside the shared memory"))
     }
 
     fn start_when_ready(&mut self) -> Result<()> {
@@ -155,7 +158,8 @@ impl Backend {
         let interrupt: Arc<dyn Interrupt> = self.calls.clone();
         let mut queues = Vec::new();
         for (index, ring) in self.rings.iter().enumerate() {
-            let index = u16::try_from(index).map_err(|_| Error::InvalidParam)?;
+            let index =
+                u16::try_from(index).map_err(|_| Error::InvalidOperation("too many rings"))?;
             queues.push(match &ring.kick {
                 Some(kick) => {
                     let kick = kick.try_clone().map_err(Error::ReqHandlerError)?;
@@ -186,7 +190,7 @@ impl Backend {
     }
 
     fn queue(&self, ring: &Ring, memory: &SharedMemory) -> Result<Queue> {
-        let bad = |_| Error::InvalidParam;
+        let bad = |_| Error::InvalidOperation("ring misplaced");
         let mut queue = Queue::new(ring.size).map_err(bad)?;
         let address = |user| self.guest_address(user).map(GuestAddress);
         queue
@@ -205,7 +209,9 @@ impl Backend {
         if queue.is_valid(&**memory) {
             Ok(queue)
         } else {
-            Err(Error::InvalidParam)
+            Err(Error::InvalidOperation(
+                "ring does not fit into guest memory",
+            ))
         }
     }
 
@@ -213,10 +219,10 @@ impl Backend {
         let at = self
             .guest_address(ring.used)?
             .checked_add(USED_INDEX)
-            .ok_or(Error::InvalidParam)?;
+            .ok_or(Error::InvalidOperation("used ring misplaced"))?;
         let index: u16 = memory
             .read_obj(GuestAddress(at))
-            .map_err(|_| Error::InvalidParam)?;
+            .map_err(|_| Error::InvalidOperation("used ring outside guest memory"))?;
         Ok(u16::from_le(index))
     }
 
@@ -280,11 +286,15 @@ impl VhostUserBackendReqHandlerMut for Backend {
             };
             let mapping = entry.mmap_region(file)?;
             let guest = GuestAddress(region.guest);
-            mapped.push(GuestRegionMmap::new(mapping, guest).ok_or(Error::InvalidParam)?);
+            mapped.push(
+                GuestRegionMmap::new(mapping, guest)
+                    .ok_or(Error::InvalidOperation("memory region too high"))?,
+            );
             regions.push(region);
         }
         mapped.sort_by_key(|region| vm_memory::GuestMemoryRegion::start_addr(region).0);
-        let memory = GuestMemoryMmap::from_regions(mapped).map_err(|_| Error::InvalidParam)?;
+        let memory = GuestMemoryMmap::from_regions(mapped)
+            .map_err(|_| Error::InvalidOperation("memory regions overlap"))?;
         if self.active {
             // The firmware moves memory about before there is a driver, never after.
             return Err(Error::InvalidOperation("the device is running"));
@@ -295,13 +305,16 @@ impl VhostUserBackendReqHandlerMut for Backend {
     }
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
-        let largest = usize::try_from(index)
-            .ok()
-            .and_then(|index| self.device.queue_sizes().get(index).copied())
-            .ok_or(Error::InvalidParam)?;
-        let size = u16::try_from(num).map_err(|_| Error::InvalidParam)?;
-        if size > largest || !size.is_power_of_two() {
-            return Err(Error::InvalidParam);
+        // Its frontends have sizes of their own, not those of `queue_sizes`.
+        let size = u16::try_from(num).unwrap_or_default();
+        if size > LARGEST_RING || !size.is_power_of_two() {
+            tracing::warn!(
+                device = self.device.name(),
+                index,
+                num,
+                "refused the size of a ring"
+            );
+            return Err(Error::InvalidOperation("bad ring size"));
         }
         self.ring(index)?.size = size;
         Ok(())
@@ -324,7 +337,8 @@ impl VhostUserBackendReqHandlerMut for Backend {
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
-        self.ring(index)?.next_available = u16::try_from(base).map_err(|_| Error::InvalidParam)?;
+        self.ring(index)?.next_available =
+            u16::try_from(base).map_err(|_| Error::InvalidOperation("bad ring base"))?;
         Ok(())
     }
 
