@@ -1,6 +1,10 @@
 //! `bulkhead`: the operator's command.
 
-use std::{fs, process::ExitCode};
+use std::{
+    fs,
+    io::{self, Write},
+    process::ExitCode,
+};
 
 use anyhow::Context;
 use bulkhead_shim::{
@@ -59,13 +63,13 @@ fn main() -> ExitCode {
 fn check(json: bool, engine: bool) -> anyhow::Result<ExitCode> {
     let report = check::check(Config::load());
     if engine {
-        println!("{}", report.engine);
+        print(&format!("{}\n", report.engine))?;
         return Ok(ExitCode::SUCCESS);
     }
     if json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        print(&format!("{}\n", serde_json::to_string_pretty(&report)?))?;
     } else {
-        print!("{report}");
+        print(&report.to_string())?;
     }
     Ok(if report.runs {
         ExitCode::SUCCESS
@@ -107,8 +111,15 @@ fn inspect(namespace: &str, id: &str) -> anyhow::Result<ExitCode> {
         "namespace": namespace, "id": id, "state": dir.display().to_string(),
         "pss_kib": total, "processes": processes, "report": report,
     });
-    println!("{}", serde_json::to_string_pretty(&text)?);
+    print(&format!("{}\n", serde_json::to_string_pretty(&text)?))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Prints; a reader that went away is an error, not a panic.
+fn print(text: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    out.flush()
 }
 
 /// Memory that a process holds, shared pages divided among their holders.

@@ -12,7 +12,7 @@ use crate::config::{Config, Engine, Error as ConfigError};
 /// Columns of the printed report.
 const WIDTH: usize = 100;
 /// Column where an item's text begins.
-const INDENT: usize = 18;
+const INDENT: usize = 19;
 
 /// How an item stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
