@@ -1,0 +1,156 @@
+//! What the agent and its set-up copy say to each other, over a SEQPACKET socket pair: reports up, one byte down.
+
+use std::{
+    io::{self, IoSlice, IoSliceMut},
+    mem::MaybeUninit,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
+
+use oci_spec::runtime::{LinuxSeccomp, Process, Spec};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags,
+};
+use serde::{Deserialize, Serialize};
+
+use super::rootfs::Rootfs;
+use crate::error::{Class, Error};
+
+/// First argument of the copy.
+pub const COPY_ARG: &str = "container-init";
+
+/// Largest report: an error text of 4 KiB, escaped.
+const REPORT_MAX: usize = 32 * 1024;
+
+/// What the copy has to do.
+#[derive(Serialize, Deserialize)]
+pub enum Work {
+    /// Make a container.
+    Create {
+        /// The checked spec.
+        spec: Box<Spec>,
+        /// Its rootfs.
+        rootfs: Rootfs,
+        /// Whether the process gets a terminal.
+        terminal: bool,
+    },
+    /// Run a process in a container.
+    Exec {
+        /// The checked process.
+        process: Box<Process>,
+        /// The container's filter.
+        seccomp: Option<LinuxSeccomp>,
+        /// Whether the process gets a terminal.
+        terminal: bool,
+    },
+}
+
+/// What the copy and the process it makes report.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Report {
+    /// Pid of the process, in the agent's pid namespace.
+    Pid(u32),
+    /// The master of the pty comes with this message.
+    Pty,
+    /// Only the execve is missing; waits for the start byte.
+    Ready,
+    /// It failed; nothing more comes.
+    Failed {
+        /// Class of the error.
+        class: Class,
+        /// Its text.
+        text: String,
+    },
+}
+
+impl From<&Error> for Report {
+    fn from(error: &Error) -> Self {
+        Self::Failed {
+            class: error.class(),
+            text: error.text(),
+        }
+    }
+}
+
+/// Sends a report, with a descriptor if there is one.
+pub fn send(socket: BorrowedFd<'_>, report: &Report, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    let bytes = serde_json::to_vec(report)?;
+    let fds: Vec<BorrowedFd<'_>> = fd.into_iter().collect();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() {
+        control.push(SendAncillaryMessage::ScmRights(&fds));
+    }
+    rustix::net::sendmsg(
+        socket,
+        &[IoSlice::new(&bytes)],
+        &mut control,
+        SendFlags::NOSIGNAL,
+    )?;
+    Ok(())
+}
+
+/// Receives a report; `None` at the end of the socket.
+pub fn receive(socket: impl AsFd) -> io::Result<Option<(Report, Option<OwnedFd>)>> {
+    let mut bytes = vec![0; REPORT_MAX];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let message = rustix::net::recvmsg(
+        socket,
+        &mut [IoSliceMut::new(&mut bytes)],
+        &mut control,
+        RecvFlags::CMSG_CLOEXEC,
+    )?;
+    let mut fd = None;
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(fds) = message {
+            fd = fds.into_iter().next().or(fd);
+        }
+    }
+    if message.bytes == 0 {
+        return Ok(None);
+    }
+    if message.flags.contains(ReturnFlags::TRUNC) {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    let report = serde_json::from_slice(bytes.get(..message.bytes).unwrap_or_default())?;
+    Ok(Some((report, fd)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+    fn pair() -> (OwnedFd, OwnedFd) {
+        socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .unwrap()
+    }
+
+    #[test]
+    fn reports_arrive_one_by_one_with_their_descriptors() {
+        let (a, b) = pair();
+        send(a.as_fd(), &Report::Pid(7), None).unwrap();
+        send(a.as_fd(), &Report::Pty, Some(a.as_fd())).unwrap();
+        assert!(matches!(receive(&b).unwrap(), Some((Report::Pid(7), None))));
+        assert!(matches!(receive(&b).unwrap(), Some((Report::Pty, Some(_)))));
+        drop(a);
+        assert!(receive(&b).unwrap().is_none());
+    }
+
+    #[test]
+    fn the_longest_error_fits_into_a_report() {
+        let (a, b) = pair();
+        let error = Error::field("x", "\u{1}".repeat(10_000));
+        send(a.as_fd(), &Report::from(&error), None).unwrap();
+        assert!(matches!(
+            receive(&b).unwrap(),
+            Some((Report::Failed { .. }, None))
+        ));
+    }
+}

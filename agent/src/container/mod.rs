@@ -1,0 +1,21 @@
+//! Making a container, a file a step.
+//!
+//! `launch` runs in the agent; it starts the single-threaded copy whose entry is `enter`, which does the other steps in the
+//! order that `enter::create` reads. `check` refuses what no step enforces. `cgroup` is the agent's.
+
+pub mod bpf;
+pub mod cgroup;
+pub mod check;
+pub mod control;
+pub mod devices;
+pub mod enter;
+pub mod launch;
+pub mod limits;
+pub mod mounts;
+pub mod namespaces;
+pub mod options;
+pub mod path;
+pub mod process;
+pub mod rootfs;
+pub mod seccomp;
+pub mod tty;

@@ -1,0 +1,195 @@
+//! Paths inside a container's rootfs. Every lookup goes through `openat2` with RESOLVE_IN_ROOT: a link of the image
+//! resolves inside the rootfs, whatever it says, and never through magic links of /proc.
+
+use std::{
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::{Component, Path, PathBuf},
+};
+
+use rustix::{
+    fs::{FileType, Mode, OFlags, ResolveFlags},
+    io::Errno,
+};
+
+/// Links followed at most while a missing path is made; the kernel's own limit.
+const LINKS_MAX: u32 = 40;
+
+/// What a mount point has to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PointKind {
+    /// A folder.
+    Folder,
+    /// An empty regular file.
+    File,
+}
+
+/// `path` without `.`, `..` and double slashes, relative to the root. `..` at the root stays there.
+pub fn clean(path: &Path) -> PathBuf {
+    let mut cleaned = PathBuf::new();
+    for component in path.components() {
+        match component {
+            Component::Normal(name) => cleaned.push(name),
+            Component::ParentDir => {
+                cleaned.pop();
+            }
+            Component::RootDir | Component::CurDir | Component::Prefix(_) => {}
+        }
+    }
+    cleaned
+}
+
+/// Opens `path` inside `root`, following links inside it.
+pub fn open_in_root(root: BorrowedFd<'_>, path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
+    let relative = clean(path);
+    let relative = if relative.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        &relative
+    };
+    rustix::fs::openat2(
+        root,
+        relative,
+        flags | OFlags::CLOEXEC,
+        Mode::empty(),
+        ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
+    )
+}
+
+/// Opens `path` beneath `root` without following any link: for names that must be what they say.
+pub fn open_beneath(root: BorrowedFd<'_>, path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
+    rustix::fs::openat2(
+        root,
+        path,
+        flags | OFlags::CLOEXEC,
+        Mode::empty(),
+        ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS,
+    )
+}
+
+/// The folder or file `path` inside `root`; what is missing of it is made.
+pub fn make_in_root(
+    root: BorrowedFd<'_>,
+    path: &Path,
+    kind: PointKind,
+    mode: u32,
+) -> Result<OwnedFd, Errno> {
+    make(root, &clean(path), kind, mode, LINKS_MAX)
+}
+
+fn make(
+    root: BorrowedFd<'_>,
+    path: &Path,
+    kind: PointKind,
+    mode: u32,
+    links: u32,
+) -> Result<OwnedFd, Errno> {
+    match open_in_root(root, path, OFlags::PATH) {
+        Err(Errno::NOENT) => {}
+        other => return other,
+    }
+    let (Some(parent_path), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(Errno::NOENT);
+    };
+    let parent = make(root, parent_path, PointKind::Folder, 0o755, links)?;
+    let made = match kind {
+        PointKind::Folder => rustix::fs::mkdirat(&parent, name, Mode::from_raw_mode(mode)),
+        PointKind::File => rustix::fs::openat(
+            &parent,
+            name,
+            OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+            Mode::from_raw_mode(mode),
+        )
+        .map(drop),
+    };
+    match made {
+        Ok(()) => open_in_root(root, path, OFlags::PATH),
+        // The name exists and yet cannot be opened: a link to something missing. Its target is made.
+        Err(Errno::EXIST) => {
+            let links = links.checked_sub(1).ok_or(Errno::LOOP)?;
+            let target = rustix::fs::readlinkat(&parent, name, Vec::new())?;
+            let target = PathBuf::from(target.into_string().map_err(|_| Errno::ILSEQ)?);
+            make(root, &clean(&parent_path.join(target)), kind, mode, links)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// The kind of mount point that fits `file`.
+pub fn kind_of(file: impl AsFd) -> Result<PointKind, Errno> {
+    let stat = rustix::fs::fstat(file)?;
+    Ok(match FileType::from_raw_mode(stat.st_mode) {
+        FileType::Directory => PointKind::Folder,
+        _ => PointKind::File,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{fs, os::unix::fs::symlink};
+
+    fn root() -> (tempfile::TempDir, OwnedFd) {
+        let dir = tempfile::tempdir().unwrap();
+        let fd = rustix::fs::open(dir.path(), OFlags::PATH, Mode::empty()).unwrap();
+        (dir, fd)
+    }
+
+    #[test]
+    fn cleaning_never_leaves_the_root() {
+        for (path, expected) in [
+            ("/a/b", "a/b"),
+            ("../../etc", "etc"),
+            ("/a/../../b/./c//d", "b/c/d"),
+            ("/", ""),
+        ] {
+            assert_eq!(clean(Path::new(path)), Path::new(expected), "{path}");
+        }
+    }
+
+    #[test]
+    fn links_resolve_inside_the_root() {
+        let (dir, fd) = root();
+        fs::create_dir(dir.path().join("real")).unwrap();
+        symlink("/real", dir.path().join("link")).unwrap();
+        symlink("../../../../../../etc", dir.path().join("out")).unwrap();
+        make_in_root(fd.as_fd(), Path::new("/link/x/y"), PointKind::Folder, 0o755).unwrap();
+        assert!(dir.path().join("real/x/y").is_dir());
+        make_in_root(fd.as_fd(), Path::new("/out/f"), PointKind::File, 0o644).unwrap();
+        assert!(dir.path().join("etc/f").is_file());
+    }
+
+    #[test]
+    fn the_target_of_a_dangling_link_is_made_inside_the_root() {
+        let (dir, fd) = root();
+        fs::create_dir(dir.path().join("var")).unwrap();
+        symlink("/run", dir.path().join("var/run")).unwrap();
+        make_in_root(
+            fd.as_fd(),
+            Path::new("/var/run/secrets"),
+            PointKind::Folder,
+            0o755,
+        )
+        .unwrap();
+        assert!(dir.path().join("run/secrets").is_dir());
+    }
+
+    #[test]
+    fn a_circle_of_links_is_an_error() {
+        let (dir, fd) = root();
+        symlink("b", dir.path().join("a")).unwrap();
+        symlink("a", dir.path().join("b")).unwrap();
+        let made = make_in_root(fd.as_fd(), Path::new("/a/x"), PointKind::Folder, 0o755);
+        assert_eq!(made.unwrap_err(), Errno::LOOP);
+    }
+
+    #[test]
+    fn beneath_refuses_links_and_parents() {
+        let (dir, fd) = root();
+        fs::create_dir(dir.path().join("d")).unwrap();
+        symlink("d", dir.path().join("l")).unwrap();
+        assert!(open_beneath(fd.as_fd(), Path::new("d"), OFlags::PATH).is_ok());
+        assert!(open_beneath(fd.as_fd(), Path::new("l"), OFlags::PATH).is_err());
+        assert!(open_beneath(fd.as_fd(), Path::new("../x"), OFlags::PATH).is_err());
+        assert!(open_beneath(fd.as_fd(), Path::new("/etc"), OFlags::PATH).is_err());
+    }
+}

@@ -1,0 +1,569 @@
+//! The pod's containers and their processes: the state behind the service.
+//!
+//! A process is *registered* (an exec that has not started), *created* (waits for its execve), *running*, then *ended*. One
+//! lock holds the state and is never held over an await. The agent has one thread and reaps only in its event loop, so a pid that
+//! is not marked as reaped is still this process's.
+
+use std::{
+    collections::HashMap,
+    os::fd::{AsFd, OwnedFd},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use bulkhead_protocol::{
+    agent::{CreateContainerRequest, CreateExecRequest},
+    id,
+    limits::{CONTAINERS_MAX, EXECS_MAX, SPEC_MAX},
+    stream::StreamHeader,
+};
+use oci_spec::runtime::{LinuxResources, LinuxSeccomp, Process as ProcessSpec, Spec};
+use rustix::process::{Pid, PidfdFlags};
+use tokio::{io::unix::AsyncFd, sync::watch};
+use tokio_vsock::VsockStream;
+
+use crate::{
+    container::{
+        cgroup::{self, Cgroup},
+        check,
+        control::Work,
+        launch::{Prepared, prepare},
+        process, rootfs, tty,
+    },
+    error::{Context, Error, Result},
+    reaper::{Reaped, Reaper, now},
+    streams::{Flags, Streams},
+};
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug)]
+pub struct Exit {
+    /// Code and time.
+    pub reaped: Reaped,
+    /// Whether the kernel killed in this cgroup for memory.
+    pub oom: bool,
+    /// Its pid while it ran; 0 if it never did.
+    pub pid: u32,
+}
+
+enum State {
+    /// An exec that waits for its start.
+    Registered(Box<ProcessSpec>),
+    /// A start is on.
+    Starting,
+    /// Set up; only the execve is missing.
+    Created(Prepared),
+    /// The execve succeeded.
+    Running,
+    /// It could not be started.
+    Failed,
+}
+
+/// A container's init or an exec.
+pub struct Process {
+    flags: Flags,
+    streams: Streams,
+    state: Mutex<State>,
+    /// Pid and its reaped end, once there is a process.
+    alive: Mutex<Option<(u32, watch::Receiver<Option<Reaped>>)>>,
+    pty: Mutex<Option<Arc<AsyncFd<OwnedFd>>>>,
+    exit: watch::Sender<Option<Exit>>,
+}
+
+struct Container {
+    cgroup: Cgroup,
+    seccomp: Option<LinuxSeccomp>,
+    init: Arc<Process>,
+    execs: HashMap<String, Arc<Process>>,
+}
+
+/// All containers of the pod.
+pub struct Pod {
+    reaper: Arc<Reaper>,
+    /// `None` while a container is being made or deleted.
+    containers: Mutex<HashMap<String, Option<Container>>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Process {
+    fn new(flags: Flags, state: State) -> Arc<Self> {
+        Arc::new(Self {
+            flags,
+            streams: Streams::new(flags),
+            state: Mutex::new(state),
+            alive: Mutex::new(None),
+            pty: Mutex::new(None),
+            exit: watch::Sender::new(None),
+        })
+    }
+
+    /// Its pid, as long as it is not reaped.
+    fn pid(&self) -> Option<u32> {
+        match &*lock(&self.alive) {
+            Some((pid, reaped)) if reaped.borrow().is_none() => Some(*pid),
+            _ => None,
+        }
+    }
+
+    fn exited(&self) -> Option<Exit> {
+        *self.exit.borrow()
+    }
+
+    async fn wait(&self) -> Exit {
+        let mut exit = self.exit.subscribe();
+        let ended = exit.wait_for(Option::is_some).await;
+        ended.ok().and_then(|exit| *exit).unwrap_or(NEVER_RAN)
+    }
+
+    fn fail(&self, status: u32) {
+        *lock(&self.state) = State::Failed;
+        let reaped = Reaped { status, at: now() };
+        self.exit.send_replace(Some(Exit {
+            reaped,
+            ..NEVER_RAN
+        }));
+    }
+
+    fn signal(&self, signal: i32) -> Result<()> {
+        let Some(pid) = self.pid() else {
+            return Err(Error::NotFound("the process".into()));
+        };
+        let signal = nix::sys::signal::Signal::try_from(signal).ok();
+        let pid = nix::unistd::Pid::from_raw(pid.cast_signed());
+        nix::sys::signal::kill(pid, signal).step(|| "send the signal".into())
+    }
+}
+
+const NEVER_RAN: Exit = Exit {
+    reaped: Reaped { status: 0, at: 0 },
+    oom: false,
+    pid: 0,
+};
+
+impl Pod {
+    /// An empty pod.
+    pub fn new(reaper: Arc<Reaper>) -> Self {
+        Self {
+            reaper,
+            containers: Mutex::default(),
+        }
+    }
+
+    /// The reaper.
+    pub fn reaper(&self) -> Arc<Reaper> {
+        Arc::clone(&self.reaper)
+    }
+
+    fn with<T>(&self, container: &str, act: impl FnOnce(&mut Container) -> Result<T>) -> Result<T> {
+        match lock(&self.containers).get_mut(container) {
+            Some(Some(found)) => act(found),
+            Some(None) => Err(Error::State(format!("container {container} is busy"))),
+            None => Err(Error::NotFound(format!("container {container}"))),
+        }
+    }
+
+    fn process(&self, container: &str, exec: &str) -> Result<Arc<Process>> {
+        self.with(container, |found| {
+            if exec.is_empty() {
+                return Ok(Arc::clone(&found.init));
+            }
+            let missing = || Error::NotFound(format!("exec {exec} of container {container}"));
+            found.execs.get(exec).cloned().ok_or_else(missing)
+        })
+    }
+
+    /// Makes a container; answers its init's pid.
+    pub async fn create(self: Arc<Self>, request: CreateContainerRequest) -> Result<u32> {
+        let name = request.container;
+        check_id("container", &name)?;
+        if request.spec.len() > SPEC_MAX {
+            return Err(Error::field("spec", "is too large"));
+        }
+        let spec: Spec = serde_json::from_slice(&request.spec)
+            .map_err(|error| Error::field("spec", error.to_string()))?;
+        check::check(&spec)?;
+        let rootfs = rootfs::Rootfs::parse(&request.rootfs)?;
+        let flags = flags(&request.stdio);
+        check_terminal(spec.process().as_ref(), flags)?;
+        {
+            let mut containers = lock(&self.containers);
+            if containers.contains_key(&name) {
+                return Err(Error::AlreadyExists(format!("container {name}")));
+            }
+            if containers.len() >= CONTAINERS_MAX {
+                return Err(Error::Limit("the pod has too many containers".into()));
+            }
+            containers.insert(name.clone(), None);
+        }
+        let made = self.make(&name, spec, rootfs, flags).await;
+        let mut containers = lock(&self.containers);
+        match made {
+            Ok((container, pid)) => {
+                containers.insert(name, Some(container));
+                Ok(pid)
+            }
+            Err(error) => {
+                containers.remove(&name);
+                Err(error)
+            }
+        }
+    }
+
+    async fn make(
+        self: &Arc<Self>,
+        name: &str,
+        spec: Spec,
+        rootfs: rootfs::Rootfs,
+        flags: Flags,
+    ) -> Result<(Container, u32)> {
+        let linux = spec.linux().as_ref();
+        let resources = linux.and_then(|linux| linux.resources().as_ref());
+        let seccomp = linux.and_then(|linux| linux.seccomp().clone());
+        let cgroup = Cgroup::create(name, resources)?;
+        let process = Process::new(flags, State::Starting);
+        let work = Work::Create {
+            spec: Box::new(spec),
+            rootfs,
+            terminal: flags.terminal,
+        };
+        let folder = cgroup::open(cgroup.path())?;
+        let launched = self.launch(&process, &work, folder, None).await;
+        match launched {
+            Ok(prepared) => {
+                let pid = prepared.pid;
+                let path = cgroup.path().to_path_buf();
+                self.watch(&process, &prepared, move |_| {
+                    // Without a pid namespace of its own a container's processes outlive their init.
+                    let _ = std::fs::write(path.join("cgroup.kill"), "1");
+                    cgroup::oom_kills(&path) > 0
+                });
+                *lock(&process.state) = State::Created(prepared);
+                let container = Container {
+                    cgroup,
+                    seccomp,
+                    init: process,
+                    execs: HashMap::new(),
+                };
+                Ok((container, pid))
+            }
+            Err(error) => {
+                let _ = Cgroup::remove(cgroup.path()).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Launches a process up to its execve and connects its streams.
+    async fn launch(
+        &self,
+        process: &Arc<Process>,
+        work: &Work,
+        cgroup: OwnedFd,
+        target: Option<OwnedFd>,
+    ) -> Result<Prepared> {
+        let stdio = process.streams.open_pipes()?;
+        let target = target.as_ref().map(AsFd::as_fd);
+        let prepared = prepare(&self.reaper, work, stdio, cgroup.as_fd(), target).await;
+        let mut prepared = match prepared {
+            Ok(prepared) => prepared,
+            Err(failed) => {
+                // It is on its way out; the cgroup can be removed once it is reaped.
+                if let Some(mut reaped) = failed.reaped {
+                    let _ = reaped.wait_for(Option::is_some).await;
+                }
+                return Err(failed.error);
+            }
+        };
+        if let Some(master) = prepared.pty.take() {
+            *lock(&process.pty) = Some(process.streams.set_pty(master)?);
+        }
+        Ok(prepared)
+    }
+
+    /// Notes the process's end when it comes. `oom` is asked then.
+    fn watch(
+        &self,
+        process: &Arc<Process>,
+        prepared: &Prepared,
+        oom: impl FnOnce(Reaped) -> bool + Send + 'static,
+    ) {
+        let pid = prepared.pid;
+        let mut reaped = prepared.reaped.clone();
+        *lock(&process.alive) = Some((pid, reaped.clone()));
+        let process = Arc::clone(process);
+        tokio::spawn(async move {
+            let end = reaped.wait_for(Option::is_some).await;
+            let Some(reaped) = end.ok().and_then(|end| *end) else {
+                return;
+            };
+            let oom = oom(reaped);
+            process.exit.send_replace(Some(Exit { reaped, oom, pid }));
+        });
+    }
+
+    /// Registers an exec.
+    pub fn create_exec(&self, request: &CreateExecRequest) -> Result<()> {
+        check_id("exec", &request.exec_id)?;
+        if request.process.len() > SPEC_MAX {
+            return Err(Error::field("process", "is too large"));
+        }
+        let spec: ProcessSpec = serde_json::from_slice(&request.process)
+            .map_err(|error| Error::field("process", error.to_string()))?;
+        process::check("process", &spec)?;
+        let flags = flags(&request.stdio);
+        check_terminal(Some(&spec), flags)?;
+        self.with(&request.container, |container| {
+            let name = &request.exec_id;
+            if container.execs.contains_key(name) {
+                return Err(Error::AlreadyExists(format!("exec {name}")));
+            }
+            if container.execs.len() >= EXECS_MAX {
+                return Err(Error::Limit("the container has too many execs".into()));
+            }
+            let process = Process::new(flags, State::Registered(Box::new(spec)));
+            container.execs.insert(name.clone(), process);
+            Ok(())
+        })
+    }
+
+    /// Starts a created init or a registered exec; answers its pid.
+    pub async fn start(self: Arc<Self>, container: String, exec: String) -> Result<u32> {
+        let process = self.process(&container, &exec)?;
+        let state = {
+            let mut state = lock(&process.state);
+            if let State::Registered(_) | State::Created(_) = *state {
+                std::mem::replace(&mut *state, State::Starting)
+            } else {
+                return Err(Error::State("the process was started already".into()));
+            }
+        };
+        let started = match state {
+            State::Created(prepared) => self.release(&process, prepared).await,
+            State::Registered(spec) => match self.prepare_exec(&container, &process, *spec).await {
+                Ok(prepared) => self.release(&process, prepared).await,
+                Err(error) => Err(error),
+            },
+            State::Starting | State::Running | State::Failed => {
+                Err(Error::State("the process was started already".into()))
+            }
+        };
+        if let Err(error) = &started
+            && process.pid().is_none()
+            && process.exited().is_none()
+        {
+            process.fail(exit_code_of(error));
+        }
+        started
+    }
+
+    async fn release(&self, process: &Arc<Process>, prepared: Prepared) -> Result<u32> {
+        prepared.start().await?;
+        *lock(&process.state) = State::Running;
+        Ok(prepared.pid)
+    }
+
+    async fn prepare_exec(
+        &self,
+        container: &str,
+        process: &Arc<Process>,
+        spec: ProcessSpec,
+    ) -> Result<Prepared> {
+        let (folder, target, seccomp, path) = self.with(container, |found| {
+            let Some(init) = found.init.pid() else {
+                return Err(Error::State(format!("container {container} has ended")));
+            };
+            if !matches!(*lock(&found.init.state), State::Running) {
+                return Err(Error::State(format!(
+                    "container {container} is not running"
+                )));
+            }
+            let path = cgroup::path_of(init).unwrap_or_else(|| found.cgroup.path().into());
+            let pid = Pid::from_raw(init.cast_signed());
+            let pid = pid.ok_or_else(|| Error::State("the init has no pid".into()))?;
+            let target = rustix::process::pidfd_open(pid, PidfdFlags::empty())
+                .step(|| "open the init".into())?;
+            let folder = cgroup::open(&path)?;
+            let outer = found.cgroup.path().to_path_buf();
+            Ok((folder, target, found.seccomp.clone(), outer))
+        })?;
+        let work = Work::Exec {
+            process: Box::new(spec),
+            seccomp,
+            terminal: process.flags.terminal,
+        };
+        let kills = cgroup::oom_kills(&path);
+        let prepared = self.launch(process, &work, folder, Some(target)).await?;
+        self.watch(process, &prepared, move |reaped| {
+            reaped.status == 137 && cgroup::oom_kills(&path) > kills
+        });
+        Ok(prepared)
+    }
+
+    /// Waits for a process's end.
+    pub async fn wait(&self, container: &str, exec: &str) -> Result<Exit> {
+        let process = self.process(container, exec)?;
+        Ok(process.wait().await)
+    }
+
+    /// Sends a signal to a process, or to all of the container.
+    pub fn signal(&self, container: &str, exec: &str, signal: u32, all: bool) -> Result<()> {
+        let number = i32::try_from(signal)
+            .ok()
+            .filter(|number| (0..=64).contains(number));
+        let number = number.ok_or_else(|| Error::field("signal", "is not a signal"))?;
+        if !all {
+            return self.process(container, exec)?.signal(number);
+        }
+        self.with(container, |found| {
+            if number == libc::SIGKILL {
+                return found.cgroup.kill();
+            }
+            for pid in found.cgroup.pids() {
+                let signal = nix::sys::signal::Signal::try_from(number).ok();
+                let pid = nix::unistd::Pid::from_raw(pid.cast_signed());
+                let _ = nix::sys::signal::kill(pid, signal);
+            }
+            Ok(())
+        })
+    }
+
+    /// Frees an exec, or a container with everything it has.
+    pub async fn delete(self: Arc<Self>, container: String, exec: String) -> Result<Exit> {
+        let process = self.process(&container, &exec)?;
+        let created = matches!(*lock(&process.state), State::Created(_));
+        let registered = matches!(*lock(&process.state), State::Registered(_));
+        let exit = match process.exited() {
+            Some(exit) => exit,
+            None if registered => NEVER_RAN,
+            None if created => {
+                let _ = process.signal(libc::SIGKILL);
+                process.wait().await
+            }
+            None => return Err(Error::State("the process has not ended".into())),
+        };
+        if !exec.is_empty() {
+            self.with(&container, |found| {
+                found.execs.remove(&exec);
+                Ok(())
+            })?;
+            return Ok(exit);
+        }
+        let taken = match lock(&self.containers).get_mut(&container) {
+            Some(slot) => slot.take(),
+            None => None,
+        };
+        let Some(taken) = taken else {
+            return Err(Error::State(format!("container {container} is busy")));
+        };
+        let removed = Cgroup::remove(taken.cgroup.path()).await;
+        let mut containers = lock(&self.containers);
+        match removed {
+            Ok(()) => {
+                containers.remove(&container);
+                Ok(exit)
+            }
+            Err(error) => {
+                containers.insert(container, Some(taken));
+                Err(error)
+            }
+        }
+    }
+
+    /// Sets the size of a terminal; a process without one has nothing to set.
+    pub fn resize(&self, container: &str, exec: &str, width: u32, height: u32) -> Result<()> {
+        let process = self.process(container, exec)?;
+        match &*lock(&process.pty) {
+            Some(pty) => {
+                let size = tty::winsize(width.into(), height.into());
+                rustix::termios::tcsetwinsize(pty.get_ref(), size)
+                    .step(|| "resize the terminal".into())
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Ends a process's stdin.
+    pub fn close_stdin(&self, container: &str, exec: &str) -> Result<()> {
+        self.process(container, exec)?.streams.close_stdin();
+        Ok(())
+    }
+
+    /// Hands a stream's connection to its process.
+    pub fn connect(&self, header: &StreamHeader, connection: VsockStream) -> bool {
+        self.process(&header.container, &header.exec)
+            .is_ok_and(|process| process.streams.connect(header.stream, connection))
+    }
+
+    /// Pids of the container's processes.
+    pub fn pids(&self, container: &str) -> Result<Vec<u32>> {
+        self.with(container, |found| Ok(found.cgroup.pids()))
+    }
+
+    /// Folder of the container's cgroup.
+    pub fn cgroup_path(&self, container: &str) -> Result<std::path::PathBuf> {
+        self.with(container, |found| Ok(found.cgroup.path().to_path_buf()))
+    }
+
+    /// Changes the container's limits.
+    pub fn update(&self, container: &str, resources: &[u8]) -> Result<()> {
+        let resources: LinuxResources = serde_json::from_slice(resources)
+            .map_err(|error| Error::field("resources", error.to_string()))?;
+        cgroup::check(&resources)?;
+        self.with(container, |found| found.cgroup.update(&resources))
+    }
+}
+
+fn check_id(field: &str, name: &str) -> Result<()> {
+    if id::is_valid(name) {
+        Ok(())
+    } else {
+        Err(Error::field(field, "is not a valid id"))
+    }
+}
+
+fn check_terminal(process: Option<&ProcessSpec>, flags: Flags) -> Result<()> {
+    let wanted = process.and_then(ProcessSpec::terminal) == Some(true);
+    if wanted && !flags.terminal {
+        return Err(Error::field(
+            "process.terminal",
+            "needs stdio with a terminal",
+        ));
+    }
+    Ok(())
+}
+
+fn flags(stdio: &bulkhead_protocol::agent::Stdio) -> Flags {
+    Flags {
+        stdin: stdio.stdin,
+        stdout: stdio.stdout,
+        stderr: stdio.stderr,
+        terminal: stdio.terminal,
+    }
+}
+
+/// Exit code of a process that could not be started, as shells and runc have it.
+fn exit_code_of(error: &Error) -> u32 {
+    let text = error.text();
+    if text.ends_with("permission denied") || text.ends_with("is a directory") {
+        126
+    } else if text.contains("exec: ") {
+        127
+    } else {
+        255
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn processes_that_cannot_start_have_the_exit_codes_of_shells() {
+        let code = |text: &str| exit_code_of(&Error::Executable(text.into()));
+        assert_eq!(code("exec: \"x\": executable file not found in $PATH"), 127);
+        assert_eq!(code("exec: \"/x\": permission denied"), 126);
+        assert_eq!(exit_code_of(&Error::State("x".into())), 255);
+    }
+}
