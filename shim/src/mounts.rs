@@ -4,6 +4,7 @@
 //! the host's mount table.
 
 use std::{
+    collections::HashMap,
     fs, io,
     os::{fd::OwnedFd, unix::fs::FileTypeExt},
     path::{Path, PathBuf},
@@ -78,6 +79,8 @@ pub struct Tree {
     pub recursive: bool,
     /// Others may change it meanwhile, so that nothing of it is kept in caches.
     pub shared: bool,
+    /// Not served yet; false if another mount of the pod has the same source.
+    pub fresh: bool,
 }
 
 impl Tree {
@@ -94,6 +97,71 @@ impl Tree {
     }
 }
 
+/// The trees of a pod: numbers, and who uses what. A source that is mounted twice is one tree, so that both see one
+/// set of inodes and locks.
+#[derive(Debug, Default)]
+pub struct Table {
+    next: u64,
+    shared: HashMap<Key, Use>,
+}
+
+/// Source, read-only, recursive.
+type Key = (PathBuf, bool, bool);
+
+#[derive(Debug)]
+struct Use {
+    id: String,
+    count: usize,
+}
+
+impl Table {
+    fn number(&mut self) -> String {
+        let id = format!("t{}", self.next);
+        self.next = self.next.saturating_add(1);
+        id
+    }
+
+    /// The id for a source that others may use, and whether it is new.
+    fn acquire(&mut self, path: &Path, readonly: bool, recursive: bool) -> (String, bool) {
+        let key = key(path, readonly, recursive);
+        if let Some(tree) = self.shared.get_mut(&key) {
+            tree.count = tree.count.saturating_add(1);
+            return (tree.id.clone(), false);
+        }
+        let id = self.number();
+        let tree = Use {
+            id: id.clone(),
+            count: 1,
+        };
+        self.shared.insert(key, tree);
+        (id, true)
+    }
+
+    /// Gives trees back: those that nobody uses any more are answered.
+    pub fn release(&mut self, trees: &[Tree]) -> Vec<Tree> {
+        let mut unused = Vec::new();
+        for tree in trees {
+            if tree.shared {
+                let key = key(&tree.path, tree.readonly, tree.recursive);
+                let Some(used) = self.shared.get_mut(&key).filter(|u| u.id == tree.id) else {
+                    continue;
+                };
+                used.count = used.count.saturating_sub(1);
+                if used.count > 0 {
+                    continue;
+                }
+                self.shared.remove(&key);
+            }
+            unused.push(tree.clone());
+        }
+        unused
+    }
+}
+
+fn key(path: &Path, readonly: bool, recursive: bool) -> Key {
+    (path.to_owned(), readonly, recursive)
+}
+
 /// The trees of a container and its rootfs made of them.
 #[derive(Debug, Default)]
 pub struct Plan {
@@ -104,27 +172,36 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Plans rootfs and bind mounts, and rewrites the sources in `spec`. Trees get numbers from `first` on.
-    pub fn new(rootfs: &[Mount], spec: &mut Spec, first: u64) -> Result<Self, Error> {
+    /// Plans rootfs and bind mounts, and rewrites the sources in `spec`.
+    pub fn new(rootfs: &[Mount], spec: &mut Spec, table: &mut Table) -> Result<Self, Error> {
         let mut plan = Planner {
             trees: Vec::new(),
-            next: first,
+            table,
         };
-        let rootfs = plan.rootfs(rootfs, spec)?;
-        plan.binds(spec)?;
-        Ok(Self {
-            trees: plan.trees,
-            rootfs,
-        })
+        let made = plan.rootfs(rootfs, spec).and_then(|rootfs| {
+            plan.binds(spec)?;
+            Ok(rootfs)
+        });
+        match made {
+            Ok(rootfs) => Ok(Self {
+                trees: plan.trees,
+                rootfs,
+            }),
+            Err(error) => {
+                plan.table.release(&plan.trees);
+                Err(error)
+            }
+        }
     }
 }
 
-struct Planner {
+struct Planner<'a> {
     trees: Vec<Tree>,
-    next: u64,
+    table: &'a mut Table,
 }
 
-impl Planner {
+impl Planner<'_> {
+    /// A source that is this container's alone.
     fn add(
         &mut self,
         field: &str,
@@ -132,26 +209,54 @@ impl Planner {
         readonly: bool,
         recursive: bool,
     ) -> Result<String, Error> {
-        if self.trees.len() >= TREES_MAX {
-            return Err(bad(field, "more trees than a container may have"));
-        }
-        let id = format!("t{}", self.next);
-        self.next = self.next.saturating_add(1);
-        self.trees.push(Tree {
-            id: id.clone(),
-            path: path.to_owned(),
-            readonly,
-            recursive,
-            shared: false,
-        });
+        let id = self.table.number();
+        self.push(
+            field,
+            Tree {
+                id: id.clone(),
+                path: path.to_owned(),
+                readonly,
+                recursive,
+                shared: false,
+                fresh: true,
+            },
+        )?;
         Ok(id)
     }
 
-    /// The tree that was added last is no snapshot of containerd's: it may be in use elsewhere.
-    fn mark_shared(&mut self) {
-        if let Some(tree) = self.trees.last_mut() {
-            tree.shared = true;
+    /// A source that is no snapshot of containerd's: it may be in use elsewhere.
+    fn add_shared(
+        &mut self,
+        field: &str,
+        path: &Path,
+        readonly: bool,
+        recursive: bool,
+    ) -> Result<String, Error> {
+        let path = fs::canonicalize(path).map_err(|source| Error::Open {
+            path: path.to_owned(),
+            source,
+        })?;
+        let (id, fresh) = self.table.acquire(&path, readonly, recursive);
+        self.push(
+            field,
+            Tree {
+                id: id.clone(),
+                path,
+                readonly,
+                recursive,
+                shared: true,
+                fresh,
+            },
+        )?;
+        Ok(id)
+    }
+
+    fn push(&mut self, field: &str, tree: Tree) -> Result<(), Error> {
+        self.trees.push(tree);
+        if self.trees.len() > TREES_MAX {
+            return Err(bad(field, "more trees than a container may have"));
         }
+        Ok(())
     }
 
     fn rootfs(&mut self, mounts: &[Mount], spec: &Spec) -> Result<Rootfs, Error> {
@@ -204,8 +309,7 @@ impl Planner {
             ));
         }
         // A read-only root is the agent's mount flag; the tree as well, so that it holds outside the guest.
-        let id = self.add("rootfs", path, spec.root_readonly, true)?;
-        self.mark_shared();
+        let id = self.add_shared("rootfs", path, spec.root_readonly, true)?;
         Ok(single(id, spec.root_readonly))
     }
 
@@ -297,8 +401,7 @@ impl Planner {
                 .is_some_and(|o| *o != "rw");
             let source = PathBuf::from(text(mount, "source"));
             check_source(&format!("{field}.source"), &source)?;
-            let id = self.add(&field, &source, readonly, recursive)?;
-            self.mark_shared();
+            let id = self.add_shared(&field, &source, readonly, recursive)?;
             if let Some(mount) = mount.as_object_mut() {
                 mount.insert("source".into(), format!("{GUEST_TREES}/{id}").into());
             }

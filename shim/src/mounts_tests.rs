@@ -40,11 +40,16 @@ fn layers(dir: &Path) -> (String, Vec<String>) {
 fn an_overlay_becomes_read_only_layers_and_one_tree_for_upper_and_work() {
     let (dir, mut spec) = bundle(json!([]));
     let (parent, options) = layers(dir.path());
-    let plan = Plan::new(&[mount("overlay", "overlay", &options)], &mut spec, 4).unwrap();
-    assert_eq!(plan.rootfs.lower, ["t4", "t5"]);
+    let plan = Plan::new(
+        &[mount("overlay", "overlay", &options)],
+        &mut spec,
+        &mut Table::default(),
+    )
+    .unwrap();
+    assert_eq!(plan.rootfs.lower, ["t0", "t1"]);
     assert_eq!(
         (plan.rootfs.upper.as_str(), plan.rootfs.work.as_str()),
-        ("t6/fs", "t6/work")
+        ("t2/fs", "t2/work")
     );
     assert_eq!(plan.rootfs.options, ["index=off"]);
     assert!(plan.trees[0].readonly && plan.trees[1].readonly);
@@ -60,7 +65,12 @@ fn upper_and_work_in_different_folders_are_refused() {
     let elsewhere = dir.path().join("8/work");
     fs::create_dir_all(&elsewhere).unwrap();
     options[0] = format!("workdir={}", elsewhere.display());
-    let error = Plan::new(&[mount("overlay", "overlay", &options)], &mut spec, 0).unwrap_err();
+    let error = Plan::new(
+        &[mount("overlay", "overlay", &options)],
+        &mut spec,
+        &mut Table::default(),
+    )
+    .unwrap_err();
     assert!(error.to_string().contains("not in one folder"), "{error}");
 }
 
@@ -69,10 +79,10 @@ fn a_single_bind_is_writable_unless_it_says_ro() {
     let (dir, mut spec) = bundle(json!([]));
     let path = dir.path().display().to_string();
     let rw = mount("bind", &path, &["rbind".into(), "rw".into()]);
-    let plan = Plan::new(&[rw], &mut spec, 0).unwrap();
+    let plan = Plan::new(&[rw], &mut spec, &mut Table::default()).unwrap();
     assert_eq!(plan.rootfs.bind, "t0");
     let ro = mount("bind", &path, &["rbind".into(), "ro".into()]);
-    let plan = Plan::new(&[ro], &mut spec, 0).unwrap();
+    let plan = Plan::new(&[ro], &mut spec, &mut Table::default()).unwrap();
     assert_eq!(plan.rootfs.lower, ["t0"]);
     assert!(plan.trees[0].readonly);
 }
@@ -80,19 +90,31 @@ fn a_single_bind_is_writable_unless_it_says_ro() {
 #[test]
 fn an_empty_rootfs_and_unknown_kinds_are_refused_by_name() {
     let (dir, mut spec) = bundle(json!([]));
-    let error = Plan::new(&[], &mut spec, 0).unwrap_err().to_string();
+    let error = Plan::new(&[], &mut spec, &mut Table::default())
+        .unwrap_err()
+        .to_string();
     assert!(error.starts_with("rootfs: no mounts were given"), "{error}");
     fs::create_dir(dir.path().join("rootfs")).unwrap();
-    let error = Plan::new(&[], &mut spec, 0).unwrap_err().to_string();
+    let error = Plan::new(&[], &mut spec, &mut Table::default())
+        .unwrap_err()
+        .to_string();
     assert!(
         error.contains("rootfs is empty: \"sh\" is not found"),
         "{error}"
     );
     let erofs = mount("erofs", "/x.img", &[]);
-    let error = Plan::new(&[erofs], &mut spec, 0).unwrap_err().to_string();
+    let error = Plan::new(&[erofs], &mut spec, &mut Table::default())
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("\"erofs\" is not supported"), "{error}");
     fs::create_dir(dir.path().join("rootfs/bin")).unwrap();
-    assert_eq!(Plan::new(&[], &mut spec, 0).unwrap().rootfs.bind, "t0");
+    assert_eq!(
+        Plan::new(&[], &mut spec, &mut Table::default())
+            .unwrap()
+            .rootfs
+            .bind,
+        "t0"
+    );
 }
 
 #[test]
@@ -105,7 +127,7 @@ fn bind_mounts_become_trees_and_the_guests_own_pass_through() {
         { "destination": "/w", "type": "none", "source": source, "options": ["bind", "ro", "rw"] }
     ]));
     fs::create_dir_all(dir.path().join("rootfs/bin")).unwrap();
-    let plan = Plan::new(&[], &mut spec, 0).unwrap();
+    let plan = Plan::new(&[], &mut spec, &mut Table::default()).unwrap();
     let trees = &plan.trees[1..];
     assert_eq!(trees.len(), 2);
     assert!(trees[0].readonly && trees[0].recursive);
@@ -138,7 +160,9 @@ fn sources_that_are_missing_devices_or_other_file_systems_are_refused_with_their
     ] {
         let (dir, mut spec) = bundle(json!([mount]));
         fs::create_dir_all(dir.path().join("rootfs/bin")).unwrap();
-        let error = Plan::new(&[], &mut spec, 0).unwrap_err().to_string();
+        let error = Plan::new(&[], &mut spec, &mut Table::default())
+            .unwrap_err()
+            .to_string();
         assert!(error.contains(why), "{error}");
     }
 }
@@ -149,4 +173,36 @@ fn a_colon_in_a_layers_path_can_be_escaped() {
         split_lower("/a\\:b:/c"),
         [PathBuf::from("/a:b"), PathBuf::from("/c")]
     );
+}
+
+#[test]
+fn a_source_mounted_twice_in_a_pod_is_one_tree_until_its_last_user_is_gone() {
+    let host = tempfile::tempdir().unwrap();
+    let source = host.path().display().to_string();
+    let mounts = json!([
+        { "destination": "/a", "type": "bind", "source": source, "options": ["rbind"] },
+        { "destination": "/b", "type": "bind", "source": format!("{source}/."), "options": ["rbind"] },
+        { "destination": "/c", "type": "bind", "source": source, "options": ["rbind", "ro"] }
+    ]);
+    let mut table = Table::default();
+    let mut plan = || {
+        let (dir, mut spec) = bundle(mounts.clone());
+        let (_, options) = layers(dir.path());
+        Plan::new(
+            &[mount("overlay", "overlay", &options)],
+            &mut spec,
+            &mut table,
+        )
+        .unwrap()
+        .trees
+    };
+    let (one, two) = (plan(), plan());
+    let fresh = |trees: &[Tree]| trees[3..].iter().map(|t| t.fresh).collect::<Vec<_>>();
+    assert_eq!(one[3].id, one[4].id);
+    assert_ne!(one[3].id, one[5].id, "read-only is another tree");
+    assert_eq!(fresh(&one), [true, false, true]);
+    assert_eq!(fresh(&two), [false, false, false]);
+    assert_eq!(table.release(&one).len(), 3, "only its own layers");
+    assert_eq!(table.release(&two).len(), 5);
+    assert!(table.release(&two[3..]).is_empty());
 }

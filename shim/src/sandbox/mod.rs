@@ -328,13 +328,17 @@ impl Pod {
     /// Hands trees to the file server; if one is refused, those before it are taken back.
     pub async fn add_trees(&self, trees: &[Tree]) -> Result<(), Error> {
         for (done, tree) in trees.iter().enumerate() {
+            if !tree.fresh {
+                continue;
+            }
             let added = match tree.open() {
                 Ok(fd) => self.add_tree(tree, fd).await,
                 Err(error) => Err(error.into()),
             };
             if let Err(error) = added {
-                self.remove_trees(trees.get(..done).unwrap_or_default())
-                    .await;
+                let done = trees.get(..done).unwrap_or_default();
+                let done: Vec<Tree> = done.iter().filter(|t| t.fresh).cloned().collect();
+                self.remove_trees(&done).await;
                 return Err(error);
             }
         }

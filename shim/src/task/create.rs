@@ -66,7 +66,6 @@ impl Shared {
         }
         let bundle = PathBuf::from(&req.bundle);
         let mut spec = Spec::load(&bundle)?;
-        let plan = Plan::new(&req.rootfs, &mut spec, self.tree_numbers())?;
         let paths = Paths {
             stdin: req.stdin.clone(),
             stdout: req.stdout.clone(),
@@ -74,12 +73,18 @@ impl Shared {
             terminal: req.terminal,
         };
         let io = Io::open(&paths)?;
-        let pod = self.pod_with(&bundle, &spec, &plan.trees).await?;
-        let made = self.make(&pod, req, &spec, &plan, io).await;
-        let pumps = match made {
+        let plan = Plan::new(&req.rootfs, &mut spec, &mut self.state().trees)?;
+        let pod = match self.pod_with(&bundle, &spec, &plan.trees).await {
+            Ok(pod) => pod,
+            Err(error) => {
+                self.release_trees(None, &plan.trees).await;
+                return Err(error);
+            }
+        };
+        let pumps = match self.make(&pod, req, &spec, &plan, io).await {
             Ok(pumps) => pumps,
             Err(error) => {
-                pod.remove_trees(&plan.trees).await;
+                self.release_trees(Some(&pod), &plan.trees).await;
                 return Err(error);
             }
         };
@@ -105,10 +110,10 @@ impl Shared {
         spec: &Spec,
         trees: &[Tree],
     ) -> Result<Arc<Pod>, Error> {
-        let booting = self.boot.lock().await;
+        // Also held for a further container: a tree that two containers share is served before the second goes on.
+        let _booting = self.boot.lock().await;
         let running = self.state().pod.clone();
         if let Some(pod) = running {
-            drop(booting);
             if let Some(end) = pod.end() {
                 return Err(sandbox::Error::Ended(end).into());
             }

@@ -176,7 +176,8 @@ impl Shared {
         let exit = process.exit().unwrap_or_else(|| killed(KILLED));
         let pid = container.pod.pid();
         if exec_id.is_empty() {
-            container.pod.remove_trees(&container.trees).await;
+            self.release_trees(Some(&container.pod), &container.trees)
+                .await;
             self.state().containers.remove(id);
             let mut event = TaskDelete::new();
             event.container_id = id.into();

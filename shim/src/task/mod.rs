@@ -13,10 +13,7 @@ pub mod stats;
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
 
@@ -45,6 +42,7 @@ use self::{
 use crate::{
     config::Config,
     events::Publisher,
+    mounts::{Table, Tree},
     sandbox::{self, Pod, deadline},
 };
 
@@ -52,8 +50,6 @@ use crate::{
 const CALL: Duration = Duration::from_secs(30);
 /// How long it may take to make a container or to start a process.
 const MAKE: Duration = Duration::from_secs(120);
-/// Numbers of trees set aside for one container.
-const TREES_STEP: u64 = 1000;
 
 type Rpc<T> = ttrpc::Result<T>;
 
@@ -71,7 +67,6 @@ pub struct Shared {
     /// Held while the machine boots, so that it boots once.
     boot: tokio::sync::Mutex<()>,
     state: Mutex<State>,
-    next_tree: AtomicU64,
 }
 
 #[derive(Default)]
@@ -80,6 +75,7 @@ struct State {
     containers: HashMap<String, Arc<Container>>,
     /// Ids whose `Create` is under way.
     creating: HashSet<String>,
+    trees: Table,
 }
 
 /// The time now.
@@ -104,7 +100,6 @@ impl Service {
             shutdown,
             boot: tokio::sync::Mutex::default(),
             state: Mutex::default(),
-            next_tree: AtomicU64::new(0),
         }))
     }
 
@@ -143,8 +138,12 @@ impl Shared {
         Ok((container, process))
     }
 
-    fn tree_numbers(&self) -> u64 {
-        self.next_tree.fetch_add(TREES_STEP, Ordering::Relaxed)
+    /// Gives a container's trees back; what nobody else uses is removed.
+    async fn release_trees(&self, pod: Option<&Pod>, trees: &[Tree]) {
+        let unused = self.state().trees.release(trees);
+        if let Some(pod) = pod {
+            pod.remove_trees(&unused).await;
+        }
     }
 }
 
