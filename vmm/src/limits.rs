@@ -81,7 +81,7 @@ pub const FS_NAME: usize = 255;
 /// Longest value or list of extended attributes (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX`).
 pub const FS_XATTR: usize = 64 << 10;
 
-/// Most inodes the file server holds for the guest, each with a descriptor.
+/// Most inodes the file server holds for the guest.
 pub const FS_INODES: usize = 512 << 10;
 
 /// Most files and folders the guest has open at once.

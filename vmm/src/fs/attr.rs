@@ -7,7 +7,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use super::abi::{encode_device, fattr};
-use super::inodes::Inode;
+use super::inodes::{Inode, Node};
 use super::reply::Reply;
 use super::request::SetAttr;
 use super::server::{Context, Server, fd_path, stat};
@@ -52,14 +52,14 @@ impl Server {
         self.attributes(stat, reply)
     }
 
-    fn attr_out(&self, inode: &Inode, reply: &mut Reply<'_>) -> Result<(), Errno> {
+    fn attr_out(&self, inode: &Node, reply: &mut Reply<'_>) -> Result<(), Errno> {
         reply.u64s(&[inode.tree.timeout().as_secs()])?;
         reply.u32s(&[0, 0])?;
         self.attributes(&stat(inode)?, reply)
     }
 
     pub(super) fn get_attr(&self, node: u64, reply: &mut Reply<'_>) -> Result<(), Errno> {
-        self.attr_out(&*self.inodes.get(node)?, reply)
+        self.attr_out(&self.inodes.get(node)?, reply)
     }
 
     pub(super) fn set_attr(

@@ -2,14 +2,13 @@
 
 use std::ffi::CStr;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 
 use rustix::fs::{CWD, FileType, Mode, OFlags, mkdirat, mknodat, openat, symlinkat};
 use rustix::io::Errno;
 
 use super::abi::{FOPEN_KEEP_CACHE, OPEN_KILL_SUIDGID, decode_device};
 use super::file::open_flags;
-use super::inodes::Inode;
+use super::inodes::{Inode, Node};
 use super::reply::Reply;
 use super::request::{Name, NewMode};
 use super::server::{Context, Server, fd_path};
@@ -20,14 +19,14 @@ fn permissions(mode: NewMode) -> Mode {
 
 impl Server {
     /// The folder for a new node. Refused before the node is made if there would be no room to hold it.
-    fn folder(&self, context: &Context<'_>) -> Result<Arc<Inode>, Errno> {
+    fn folder(&self, context: &Context<'_>) -> Result<Node, Errno> {
         if !self.inodes.has_room() {
             return Err(Errno::NFILE);
         }
         self.inodes.get(context.header.node)
     }
 
-    fn new_entry(&self, dir: &Inode, name: Name<'_>, reply: &mut Reply<'_>) -> Result<(), Errno> {
+    fn new_entry(&self, dir: &Node, name: Name<'_>, reply: &mut Reply<'_>) -> Result<(), Errno> {
         let (inode, stat) = self.child(dir, name)?;
         self.or_forget(&inode, || self.entry(&inode, &stat, reply))
     }
@@ -147,7 +146,7 @@ impl Server {
         self.new_file(&dir, file, reply)
     }
 
-    fn new_file(&self, dir: &Inode, file: OwnedFd, reply: &mut Reply<'_>) -> Result<(), Errno> {
+    fn new_file(&self, dir: &Node, file: OwnedFd, reply: &mut Reply<'_>) -> Result<(), Errno> {
         // By the descriptor, not the name: a name may have changed since.
         let fd = openat(
             CWD,

@@ -6,7 +6,7 @@ use rustix::fs::{FileType, OFlags, RawDir, RawDirEntry, SeekFrom, seek};
 use rustix::io::Errno;
 
 use super::abi::{DIRENT, ENTRY_OUT, FOPEN_CACHE_DIR, FOPEN_KEEP_CACHE, dirent_type};
-use super::inodes::Inode;
+use super::inodes::Node;
 use super::reply::Reply;
 use super::request::{Name, Span};
 use super::server::Server;
@@ -58,7 +58,7 @@ impl Server {
     /// Appends one entry; `false` if it does not fit.
     fn dir_entry(
         &self,
-        dir: &Inode,
+        dir: &Node,
         entry: &RawDirEntry<'_>,
         size: usize,
         plus: bool,

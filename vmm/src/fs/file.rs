@@ -2,7 +2,6 @@
 
 use std::io::IoSlice;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 
 use rustix::fs::{
     FallocateFlags, FileType, OFlags, SeekFrom, copy_file_range, fallocate, fdatasync, fsync, seek,
@@ -11,7 +10,7 @@ use rustix::io::{Errno, ReadWriteFlags, pread, pwritev2};
 
 use super::abi::{WRITE_CACHE, WRITE_KILL_SUIDGID};
 use super::create::keep_cache;
-use super::inodes::Inode;
+use super::inodes::Node;
 use super::reply::Reply;
 use super::request::{Copy, Span};
 use super::server::{Context, Server};
@@ -32,14 +31,14 @@ impl Server {
     /// `struct fuse_open_out` for a new handle of `file`.
     pub(super) fn open_out(
         &self,
-        inode: &Arc<Inode>,
+        inode: &Node,
         file: OwnedFd,
         flags: u32,
         reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         // The answer fits or nothing is held.
         reply.room(16)?;
-        let handle = self.handles.insert(Arc::clone(inode), file)?;
+        let handle = self.handles.insert(inode.inode(), file)?;
         reply.u64s(&[handle])?;
         reply.u32s(&[flags, 0])
     }

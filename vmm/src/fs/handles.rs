@@ -90,7 +90,7 @@ impl Handles {
     }
 
     /// Closes the handles of inodes that `gone` picks.
-    pub fn retain(&self, gone: impl Fn(&Inode) -> bool) {
+    pub fn remove_all(&self, gone: impl Fn(&Inode) -> bool) {
         let mut closed = Vec::new();
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
         table.open.retain(|_, handle| {

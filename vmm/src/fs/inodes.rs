@@ -1,9 +1,13 @@
-//! The inodes the guest knows: node id to O_PATH descriptor, counted by the guest's lookups.
+//! The inodes the guest knows: node id to the host's inode, counted by the guest's lookups.
 //!
 //! A node id is never used twice, so a forged or stale one finds nothing (ESTALE). An inode is known by mount,
 //! device and number: one file seen through a read-only and a writable tree is two nodes.
+//!
+//! An inode is held by an O_PATH descriptor. When the descriptors of the budget are used up, further ones are held
+//! by file handles, so that a guest that walks a large tree does not take the server's descriptors away.
 
 use std::collections::HashMap;
+use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -11,9 +15,10 @@ use rustix::fs::{FileType, Statx};
 use rustix::io::Errno;
 
 use super::abi::{self, ROOT_ID};
+use super::sys::{self, FileHandle};
 use super::trees::Tree;
 
-/// An inode the guest holds.
+/// An inode the guest knows.
 pub struct Inode {
     /// The guest's number for it.
     pub id: u64,
@@ -21,8 +26,13 @@ pub struct Inode {
     pub kind: FileType,
     /// The tree it was found in.
     pub tree: Arc<Tree>,
-    fd: OwnedFd,
+    held: Held,
     key: Key,
+}
+
+enum Held {
+    Descriptor(OwnedFd),
+    Handle(FileHandle),
 }
 
 impl Inode {
@@ -32,9 +42,42 @@ impl Inode {
     }
 }
 
-impl AsFd for Inode {
+/// An inode for the time of one operation, with a descriptor. O_PATH.
+pub struct Node {
+    inode: Arc<Inode>,
+    opened: Option<OwnedFd>,
+}
+
+impl Node {
+    fn open(inode: Arc<Inode>) -> Result<Self, Errno> {
+        let opened = match &inode.held {
+            Held::Descriptor(_) => None,
+            Held::Handle(handle) => Some(inode.tree.open_handle(handle)?),
+        };
+        Ok(Self { inode, opened })
+    }
+
+    /// The inode to keep.
+    pub fn inode(&self) -> Arc<Inode> {
+        Arc::clone(&self.inode)
+    }
+}
+
+impl Deref for Node {
+    type Target = Inode;
+
+    fn deref(&self) -> &Inode {
+        &self.inode
+    }
+}
+
+impl AsFd for Node {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        match (&self.opened, &self.inode.held) {
+            (Some(fd), _) | (None, Held::Descriptor(fd)) => fd.as_fd(),
+            // `open` leaves no handle without a descriptor; the current folder is the empty root.
+            (None, Held::Handle(_)) => rustix::fs::CWD,
+        }
     }
 }
 
@@ -55,43 +98,64 @@ impl Key {
     }
 }
 
-struct Held {
+struct Entry {
     inode: Arc<Inode>,
     lookups: u64,
 }
 
+#[derive(Default)]
 struct Table {
-    by_id: HashMap<u64, Held>,
+    by_id: HashMap<u64, Entry>,
     by_key: HashMap<Key, u64>,
     last_id: u64,
+    descriptors: usize,
+}
+
+impl Table {
+    fn unlink(&mut self, inode: &Inode) {
+        // The number may have gone to another file since.
+        if self.by_key.get(&inode.key) == Some(&inode.id) {
+            self.by_key.remove(&inode.key);
+        }
+        if matches!(inode.held, Held::Descriptor(_)) {
+            self.descriptors = self.descriptors.saturating_sub(1);
+        }
+    }
+}
+
+/// How many inodes may be held.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// All.
+    pub inodes: usize,
+    /// Those with a descriptor.
+    pub descriptors: usize,
 }
 
 /// The table of inodes.
 pub struct Inodes {
     table: RwLock<Table>,
     root: Arc<Inode>,
-    limit: usize,
+    limits: Limits,
 }
 
 impl Inodes {
-    /// A table with the root in it; at most `limit` others.
-    pub fn new(root: OwnedFd, stat: &Statx, tree: Arc<Tree>, limit: usize) -> Self {
+    /// A table with the root in it.
+    pub fn new(root: OwnedFd, stat: &Statx, tree: Arc<Tree>, limits: Limits) -> Self {
         let root = Arc::new(Inode {
             id: ROOT_ID,
             kind: FileType::Directory,
             tree,
-            fd: root,
+            held: Held::Descriptor(root),
             key: Key::of(stat),
         });
-        let table = Table {
-            by_id: HashMap::new(),
-            by_key: HashMap::new(),
-            last_id: ROOT_ID,
-        };
         Self {
-            table: RwLock::new(table),
+            table: RwLock::new(Table {
+                last_id: ROOT_ID,
+                ..Table::default()
+            }),
             root,
-            limit,
+            limits,
         }
     }
 
@@ -104,29 +168,25 @@ impl Inodes {
     }
 
     /// The inode with the guest's number `id`.
-    pub fn get(&self, id: u64) -> Result<Arc<Inode>, Errno> {
+    pub fn get(&self, id: u64) -> Result<Node, Errno> {
         if id == ROOT_ID {
-            return Ok(Arc::clone(&self.root));
+            return Node::open(Arc::clone(&self.root));
         }
-        self.read()
+        let inode = self
+            .read()
             .by_id
             .get(&id)
-            .map(|held| Arc::clone(&held.inode))
-            .ok_or(Errno::STALE)
+            .map(|entry| Arc::clone(&entry.inode));
+        Node::open(inode.ok_or(Errno::STALE)?)
     }
 
     /// Whether another inode may be held.
     pub fn has_room(&self) -> bool {
-        self.read().by_id.len() < self.limit
+        self.read().by_id.len() < self.limits.inodes
     }
 
     /// Counts one lookup of the inode behind `fd` and returns it; a new one gets a new id.
-    pub fn look_up(
-        &self,
-        fd: OwnedFd,
-        stat: &Statx,
-        tree: &Arc<Tree>,
-    ) -> Result<Arc<Inode>, Errno> {
+    pub fn look_up(&self, fd: OwnedFd, stat: &Statx, tree: &Arc<Tree>) -> Result<Node, Errno> {
         let key = Key::of(stat);
         let mut table = self.write();
         // Looked at under the lock: no inode of a tree appears after its removal.
@@ -134,73 +194,91 @@ impl Inodes {
             return Err(Errno::NOENT);
         }
         if let Some(id) = table.by_key.get(&key).copied()
-            && let Some(held) = table.by_id.get_mut(&id)
+            && let Some(entry) = table.by_id.get_mut(&id)
+            && is_same(&entry.inode, &fd)
         {
-            held.lookups = held.lookups.checked_add(1).ok_or(Errno::OVERFLOW)?;
-            return Ok(Arc::clone(&held.inode));
+            entry.lookups = entry.lookups.checked_add(1).ok_or(Errno::OVERFLOW)?;
+            return Ok(Node {
+                inode: Arc::clone(&entry.inode),
+                opened: Some(fd),
+            });
         }
-        if table.by_id.len() >= self.limit {
+        if table.by_id.len() >= self.limits.inodes {
             return Err(Errno::NFILE);
         }
         let id = table.last_id.checked_add(1).ok_or(Errno::NFILE)?;
+        let (held, opened) = if table.descriptors < self.limits.descriptors {
+            table.descriptors = table.descriptors.saturating_add(1);
+            (Held::Descriptor(fd), None)
+        } else if tree.opens_handles_of(key.mount) {
+            (
+                Held::Handle(sys::file_handle(&fd).map_err(|_| Errno::NFILE)?),
+                Some(fd),
+            )
+        } else {
+            return Err(Errno::NFILE);
+        };
         table.last_id = id;
         let inode = Arc::new(Inode {
             id,
             kind: abi::file_type(stat),
             tree: Arc::clone(tree),
-            fd,
+            held,
             key,
         });
         table.by_id.insert(
             id,
-            Held {
+            Entry {
                 inode: Arc::clone(&inode),
                 lookups: 1,
             },
         );
         table.by_key.insert(key, id);
-        Ok(inode)
+        Ok(Node { inode, opened })
     }
 
     /// Takes back `count` lookups; at none the inode is let go.
     pub fn forget(&self, id: u64, count: u64) {
         let mut table = self.write();
-        let Some(held) = table.by_id.get_mut(&id) else {
+        let Some(entry) = table.by_id.get_mut(&id) else {
             return;
         };
-        held.lookups = held.lookups.saturating_sub(count);
-        if held.lookups == 0
-            && let Some(held) = table.by_id.remove(&id)
+        entry.lookups = entry.lookups.saturating_sub(count);
+        if entry.lookups == 0
+            && let Some(entry) = table.by_id.remove(&id)
         {
-            table.by_key.remove(&held.inode.key);
-            // The descriptor is closed after the lock is.
+            table.unlink(&entry.inode);
+            // The descriptor is closed after the lock is let go.
             drop(table);
         }
     }
 
-    /// Lets go of the inodes `gone` picks, in one step with what it does to the trees.
-    pub fn retain(&self, gone: impl Fn(&Inode) -> bool) {
+    /// Lets go of the inodes `gone` picks.
+    pub fn remove(&self, gone: impl Fn(&Inode) -> bool) {
         let mut dropped = Vec::new();
         let mut table = self.write();
-        let Table { by_id, by_key, .. } = &mut *table;
-        by_id.retain(|_, held| {
-            let keep = !gone(&held.inode);
-            if !keep {
-                by_key.remove(&held.inode.key);
-                dropped.push(Arc::clone(&held.inode));
+        table.by_id.retain(|_, entry| {
+            let leaves = gone(&entry.inode);
+            if leaves {
+                dropped.push(Arc::clone(&entry.inode));
             }
-            keep
+            !leaves
         });
+        dropped.iter().for_each(|inode| table.unlink(inode));
         drop(table);
-    }
-
-    /// Lets go of all inodes but the root.
-    pub fn clear(&self) {
-        self.retain(|_| true);
     }
 
     /// How many inodes are held.
     pub fn len(&self) -> usize {
         self.read().by_id.len()
+    }
+}
+
+/// Whether `fd`, with the number of `inode`, is that inode. A descriptor keeps the number from being used again; a
+/// handle does not, but tells generations apart.
+fn is_same(inode: &Inode, fd: &OwnedFd) -> bool {
+    match &inode.held {
+        Held::Descriptor(_) => true,
+        Held::Handle(handle) => sys::file_handle(fd).is_ok_and(|found| found == *handle),
     }
 }

@@ -2,10 +2,10 @@
 //!
 //! The binary `bulkhead-fs` calls [`run`]. The VMM forwards the guest's FUSE requests as datagrams over SEQPACKET
 //! sockets and never shares guest memory; the shim hands in detached mounts over the control socket. The shim is
-//! trusted; every byte of a FUSE message is the guest's and is parsed in [`request`] before anything acts on it.
+//! trusted; every byte of a FUSE message is the guest's and is parsed in [`parse`] before anything acts on it.
 //!
 //! ```text
-//!  VMM  -- SEQPACKET --> worker --> request --> server --> (attr, create, dir, file, name, xattr)
+//!  VMM  -- SEQPACKET --> worker --> parse --> server --> (attr, create, dir, file, name, xattr)
 //!  shim -- fs.sock ----> control --> trees (attach, detach)
 //! ```
 //!
@@ -24,6 +24,7 @@ mod handles;
 mod inodes;
 mod name;
 mod namespace;
+mod parse;
 mod reply;
 mod request;
 mod run;

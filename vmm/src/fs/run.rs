@@ -9,6 +9,7 @@ use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
+use super::inodes::Limits;
 use super::namespace::{self, Namespace};
 use super::server::{Budget, Server};
 use super::trees::Trees;
@@ -58,6 +59,11 @@ fn system<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E) -> Erro
 /// for good.
 pub fn run(config: Config) -> Result<(), Error> {
     let budget = budget().map_err(system("raising the limit of open files"))?;
+    run_within(config, budget)
+}
+
+/// [`run`] with a budget given.
+pub(super) fn run_within(config: Config, budget: Budget) -> Result<(), Error> {
     let listener = listen(&config)?;
     let namespace = Namespace::enter(&config.state_dir)?;
     let root = namespace
@@ -87,7 +93,7 @@ pub fn run(config: Config) -> Result<(), Error> {
     drop(alive);
     tracing::info!(
         workers = count,
-        inodes = budget.inodes,
+        descriptors = budget.inodes.descriptors,
         handles = budget.handles,
         "serving"
     );
@@ -131,9 +137,13 @@ fn budget() -> Result<Budget, Errno> {
         .min(wanted);
     let kept = (limits::FS_DESCRIPTORS_KEPT + limits::FS_TREES) as u64;
     let free = usize::try_from(have.saturating_sub(kept)).unwrap_or(0);
-    let handles = (free / 8).min(limits::FS_HANDLES);
+    let handles = (free / 4).min(limits::FS_HANDLES);
+    let descriptors = free.saturating_sub(handles).min(limits::FS_INODES);
     Ok(Budget {
-        inodes: free.saturating_sub(handles).min(limits::FS_INODES),
+        inodes: Limits {
+            inodes: limits::FS_INODES,
+            descriptors,
+        },
         handles,
     })
 }

@@ -15,16 +15,17 @@ use rustix::io::Errno;
 use super::abi::{self, MAJOR, MINOR, ROOT_ID, init};
 use super::creds::Identity;
 use super::handles::Handles;
-use super::inodes::{Inode, Inodes};
+use super::inodes::{Inode, Inodes, Limits, Node};
+use super::parse::{header, operation};
 use super::reply::Reply;
-use super::request::{Header, Name, Operation, header, operation};
+use super::request::{Header, Name, Operation};
 use super::trees::{Tree, Trees};
 use crate::limits;
 
 /// How many inodes and open files the process's descriptors allow.
 #[derive(Clone, Copy, Debug)]
 pub struct Budget {
-    pub inodes: usize,
+    pub inodes: Limits,
     pub handles: usize,
 }
 
@@ -246,12 +247,12 @@ impl Server {
     }
 
     fn reset(&self) {
-        self.handles.retain(|_| true);
-        self.inodes.clear();
+        self.handles.remove_all(|_| true);
+        self.inodes.remove(|_| true);
     }
 
     /// Opens the entry `name` of `dir` as O_PATH and counts a lookup of it.
-    pub(super) fn child(&self, dir: &Inode, name: Name<'_>) -> Result<(Arc<Inode>, Statx), Errno> {
+    pub(super) fn child(&self, dir: &Node, name: Name<'_>) -> Result<(Node, Statx), Errno> {
         let tree = if dir.id == ROOT_ID {
             let id = name.as_c_str().to_str().map_err(|_| Errno::NOENT)?;
             self.trees.get(id).ok_or(Errno::NOENT)?
@@ -269,11 +270,7 @@ impl Server {
     }
 
     /// Counts a lookup of the inode behind `fd`.
-    pub(super) fn found(
-        &self,
-        fd: OwnedFd,
-        tree: &Arc<Tree>,
-    ) -> Result<(Arc<Inode>, Statx), Errno> {
+    pub(super) fn found(&self, fd: OwnedFd, tree: &Arc<Tree>) -> Result<(Node, Statx), Errno> {
         let stat = stat(&fd)?;
         Ok((self.inodes.look_up(fd, &stat, tree)?, stat))
     }
@@ -336,7 +333,7 @@ impl Server {
     /// on the host (CVE-2020-35517).
     pub(super) fn reopen(
         &self,
-        inode: &Inode,
+        inode: &Node,
         flags: OFlags,
         kind: FileType,
     ) -> Result<OwnedFd, Errno> {
@@ -375,8 +372,8 @@ impl Server {
 
     /// Forgets all that was found in `tree`.
     pub fn forget_tree(&self, tree: &Arc<Tree>) {
-        self.handles.retain(|inode| tree.holds(inode));
-        self.inodes.retain(|inode| tree.holds(inode));
+        self.handles.remove_all(|inode| tree.holds(inode));
+        self.inodes.remove(|inode| tree.holds(inode));
     }
 
     /// The trees, for the control socket.

@@ -83,3 +83,62 @@ pub fn inherited(numbers: &[RawFd]) -> io::Result<Vec<OwnedFd>> {
         })
         .collect()
 }
+
+/// Most bytes of a file handle (`MAX_HANDLE_SZ`).
+const HANDLE_BYTES: usize = 128;
+
+/// `struct file_handle` with room for the largest: names an inode without keeping a descriptor. Made by the host's
+/// kernel and given back to it; the guest never sees one.
+#[repr(C)]
+#[derive(Clone, PartialEq, Eq)]
+pub struct FileHandle {
+    bytes: u32,
+    kind: i32,
+    handle: [u8; HANDLE_BYTES],
+}
+
+/// The file handle of what `fd` (O_PATH or not) is open on. Not every file system has them.
+pub fn file_handle(fd: impl AsFd) -> io::Result<FileHandle> {
+    let mut handle = FileHandle {
+        bytes: HANDLE_BYTES as u32,
+        kind: 0,
+        handle: [0; HANDLE_BYTES],
+    };
+    let mut mount: libc::c_int = 0;
+    // SAFETY: the path is NUL-terminated; `handle` has the layout of struct file_handle and as many bytes behind it
+    // as its first field says; the kernel writes no more, and writes `mount`.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_name_to_handle_at,
+            fd.as_fd().as_raw_fd(),
+            c"".as_ptr(),
+            &raw mut handle,
+            &raw mut mount,
+            libc::AT_EMPTY_PATH,
+        )
+    };
+    if result == 0 {
+        Ok(handle)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Opens `handle` as O_PATH in the mount that `mount` (not O_PATH) is a file of.
+pub fn open_file_handle(mount: impl AsFd, handle: &FileHandle) -> io::Result<OwnedFd> {
+    // SAFETY: `handle` has the layout of struct file_handle and holds as many bytes as its first field says; the
+    // kernel only reads it. A descriptor returned is new and nobody else's.
+    unsafe {
+        let flags = libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC;
+        let fd = libc::syscall(
+            libc::SYS_open_by_handle_at,
+            mount.as_fd().as_raw_fd(),
+            std::ptr::from_ref(handle),
+            flags,
+        );
+        match RawFd::try_from(fd) {
+            Ok(fd) if fd >= 0 => Ok(OwnedFd::from_raw_fd(fd)),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}

@@ -6,13 +6,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, fstat, openat, unlinkat};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, fstat, openat, unlinkat};
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 
 use super::inodes::Inode;
 use super::namespace::{CONFINED, Namespace, READ_ONLY, attach, make_mount_point};
-use super::sys;
+use super::server::{fd_path, stat};
+use super::sys::{self, FileHandle};
 use crate::limits;
 
 /// For how long a guest may believe what nobody but itself changes.
@@ -26,6 +27,8 @@ pub struct Tree {
     /// The host or another view of the same files may change it.
     pub shared: bool,
     root: Option<OwnedFd>,
+    /// The root once more, not O_PATH, and its mount's id: what opening a file handle takes.
+    mount: Option<(OwnedFd, u64)>,
     removed: AtomicBool,
 }
 
@@ -36,6 +39,7 @@ impl Tree {
             readonly: true,
             shared: true,
             root: None,
+            mount: None,
             removed: AtomicBool::new(false),
         }
     }
@@ -53,6 +57,18 @@ impl Tree {
     /// Whether `inode` was found in this tree.
     pub fn holds(self: &Arc<Self>, inode: &Inode) -> bool {
         Arc::ptr_eq(self, &inode.tree)
+    }
+
+    /// Whether inodes of the mount `mount` can be held by file handles: only those of the tree's topmost mount.
+    pub fn opens_handles_of(&self, mount: u64) -> bool {
+        self.mount.as_ref().is_some_and(|(_, own)| *own == mount)
+    }
+
+    /// Opens a file handle of the tree's topmost mount as O_PATH.
+    pub fn open_handle(&self, handle: &FileHandle) -> Result<OwnedFd, Errno> {
+        let (mount, _) = self.mount.as_ref().ok_or(Errno::STALE)?;
+        sys::open_file_handle(mount, handle)
+            .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
     }
 
     /// The mount's root. O_PATH; none for the guest's root.
@@ -163,10 +179,12 @@ impl Trees {
                 return Err(mount_error("attaching it; is it a detached mount?")(error));
             }
         };
+        let mount = handle_mount(&root).ok();
         let tree = Tree {
             readonly,
             shared,
             root: Some(root),
+            mount,
             removed: AtomicBool::new(false),
         };
         self.trees
@@ -222,6 +240,15 @@ fn open_root(view: impl AsFd, id: &str) -> Result<OwnedFd, Errno> {
         OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
         Mode::empty(),
     )
+}
+
+fn handle_mount(root: &OwnedFd) -> Result<(OwnedFd, u64), Errno> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let folder = openat(CWD, fd_path(root), flags, Mode::empty())?;
+    let stat = stat(&folder)?;
+    // Not every file system has handles: told now rather than when descriptors run out.
+    sys::file_handle(&folder).map_err(|_| Errno::OPNOTSUPP)?;
+    Ok((folder, stat.stx_mnt_id))
 }
 
 fn check_id(id: &str) -> Result<(), Error> {

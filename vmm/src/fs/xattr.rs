@@ -14,10 +14,7 @@ use crate::limits;
 impl Server {
     // An O_PATH descriptor has no attributes of its own to the f*xattr calls; the path in /fd names the inode, and
     // a symbolic link there is not followed further.
-    fn xattr_path(
-        &self,
-        node: u64,
-    ) -> Result<(std::sync::Arc<super::inodes::Inode>, String), Errno> {
+    fn xattr_path(&self, node: u64) -> Result<(super::inodes::Node, String), Errno> {
         let inode = self.inodes.get(node)?;
         let path = fd_path(&inode);
         Ok((inode, path))
