@@ -109,3 +109,33 @@ pub fn arguments(config: &MachineConfig, frontends: &[Frontend]) -> Vec<OsString
     list.extend(["-nodefaults", "-no-user-config", "-no-reboot"].map(OsString::from));
     list
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::end::end_channel;
+    use crate::virtio::fs::Fs;
+
+    #[test]
+    fn every_path_is_an_argument_of_its_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let json = r#"{"engine": "emulated", "kernel": "/a,readonly=off -qmp x", "initramfs": "/i",
+            "vcpus": 2, "memory_mib": 96, "fs": {"tag": "pod", "worker_fds": [10]}}"#;
+        std::fs::write(folder.path().join("machine.json"), json).unwrap();
+        let config = MachineConfig::load(folder.path()).unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let device = Fs::new("pod", vec![theirs.into()], end_channel().0).unwrap();
+        let frontend = Frontend::new(&device, &ours).unwrap();
+        let list = arguments(&config, &[frontend]);
+        let after = |option: &str| {
+            let at = list.iter().position(|argument| argument == option).unwrap();
+            list[at + 1].to_str().unwrap()
+        };
+        assert_eq!(after("-kernel"), "/a,readonly=off -qmp x");
+        assert_eq!(after("-smp"), "2");
+        assert_eq!(
+            after("-device"),
+            "vhost-user-fs-device,num-request-queues=1,queue-size=512,tag=pod,chardev=vhost0"
+        );
+    }
+}

@@ -477,3 +477,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
 
 /// Of features that were not offered.
 const UNSUPPORTED: Error = Error::InvalidOperation("not offered");
+
+#[cfg(test)]
+#[path = "vhost_user_tests.rs"]
+mod tests;
