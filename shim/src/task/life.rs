@@ -166,9 +166,8 @@ impl Shared {
                 });
             }
             Phase::Created => self.end_created(&container, &process).await,
-            Phase::Stopped(_) => {}
+            Phase::Stopped(_) => process.drain().await,
         }
-        process.drain().await;
         if exec_id.is_empty() {
             self.end_execs(&container).await;
         }
@@ -176,9 +175,11 @@ impl Shared {
         let exit = process.exit().unwrap_or_else(|| killed(KILLED));
         let pid = container.pod.pid();
         if exec_id.is_empty() {
+            if self.state().containers.remove(id).is_none() {
+                return Err(Error::NotFound(container.name("")));
+            }
             self.release_trees(Some(&container.pod), &container.trees)
                 .await;
-            self.state().containers.remove(id);
             let mut event = TaskDelete::new();
             event.container_id = id.into();
             event.pid = pid;
@@ -199,6 +200,7 @@ impl Shared {
 
     /// A process that never started goes without an exit event.
     async fn end_created(&self, container: &Container, process: &Process) {
+        process.cut_off();
         if !process.exec_id.is_empty() {
             process.stop(killed(KILLED));
             return;
@@ -223,6 +225,9 @@ impl Shared {
                 && timeout(Duration::from_secs(2), exec.wait()).await.is_err()
             {
                 self.record(container, &exec, killed(KILLED)).await;
+            }
+            if exec.phase() == Phase::Created {
+                exec.cut_off();
             }
             exec.drain().await;
             container.remove_exec(&exec.exec_id);

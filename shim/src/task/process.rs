@@ -147,6 +147,11 @@ impl Process {
         }
     }
 
+    /// Closes its streams at once.
+    pub fn cut_off(&self) {
+        drop(self.pumps().take());
+    }
+
     fn pumps(&self) -> MutexGuard<'_, Option<Pumps>> {
         self.pumps.lock().unwrap_or_else(PoisonError::into_inner)
     }
