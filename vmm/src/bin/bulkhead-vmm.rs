@@ -56,6 +56,7 @@ fn run(state_dir: &Path, console: &Arc<ConsoleRing>, started: Instant) -> End {
             "nothing is left that could run the machine",
         )
     });
+    tracing::info!(exits = ?machine.exits(), "machine ended");
     machine.kill();
     end
 }

@@ -145,7 +145,7 @@ impl Machine {
             state: if paused { "paused" } else { "running" },
             uptime_us: self.readiness.elapsed_us(),
             exits: if counted {
-                self.readiness.exits.by_name()
+                self.exits()
             } else {
                 BTreeMap::new()
             },
@@ -155,6 +155,11 @@ impl Machine {
             emulator_pid,
             console: self.console.tail(limits::CONSOLE_TAIL_BYTES),
         }
+    }
+
+    /// VM exits so far, by kind.
+    pub fn exits(&self) -> BTreeMap<&'static str, u64> {
+        self.readiness.exits.by_name()
     }
 
     /// Ends what is not a part of this process.

@@ -9,7 +9,7 @@ use crate::virtio::worker::Worker;
 use crate::virtio::{ActivateError, Activation, VirtioDevice};
 
 const DEVICE_TYPE: u32 = 4;
-const QUEUE_SIZES: [u16; 1] = [64];
+const QUEUE_SIZES: [u16; 1] = [1024];
 
 /// The entropy device.
 #[derive(Default)]
