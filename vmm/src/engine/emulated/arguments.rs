@@ -65,7 +65,7 @@ impl Frontend {
 }
 
 /// All arguments. Sizes are numbers and paths stand alone, so nothing in the configuration can become an option.
-pub fn arguments(config: &MachineConfig, frontends: &[Frontend]) -> Vec<OsString> {
+pub fn arguments(config: &MachineConfig, frontends: &[Frontend], tsc_khz: u64) -> Vec<OsString> {
     let memory = config.memory_mib;
     let mut list: Vec<OsString> = Vec::new();
     let mut add = |option: &str, value: &OsStr| {
@@ -73,6 +73,7 @@ pub fn arguments(config: &MachineConfig, frontends: &[Frontend]) -> Vec<OsString
         list.push(value.into());
     };
     let memory_object = format!("memory-backend-memfd,id=ram,share=on,size={memory}M");
+    let command_line = format!("{COMMAND_LINE} tsc_early_khz={tsc_khz}");
     let pairs = [
         // Nothing of a PC but what the kernel needs for its clocks, and the port for its messages.
         (
@@ -92,7 +93,7 @@ pub fn arguments(config: &MachineConfig, frontends: &[Frontend]) -> Vec<OsString
             "-sandbox",
             "on,obsolete=deny,elevateprivileges=deny,spawn=deny",
         ),
-        ("-append", COMMAND_LINE),
+        ("-append", &command_line),
     ];
     for (option, value) in pairs {
         add(option, OsStr::new(value));
@@ -126,7 +127,7 @@ mod tests {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let device = Fs::new("pod", vec![theirs.into()], end_channel().0).unwrap();
         let frontend = Frontend::new(&device, &ours).unwrap();
-        let list = arguments(&config, &[frontend]);
+        let list = arguments(&config, &[frontend], 2_000_000);
         let after = |option: &str| {
             let at = list.iter().position(|argument| argument == option).unwrap();
             list[at + 1].to_str().unwrap()

@@ -9,6 +9,7 @@
 
 mod arguments;
 mod output;
+mod tsc;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -98,6 +99,7 @@ impl Emulator {
         tracing::warn!(
             "engine `emulated`: QEMU runs this guest in software; it is slow and NO security boundary"
         );
+        let clock = tsc::Sample::take();
         check_version(&config.qemu)?;
 
         let mut command = Command::new(&config.qemu);
@@ -110,7 +112,11 @@ impl Emulator {
             vhost_user::serve(device, ours).map_err(io_error("start a vhost-user thread"))?;
             sockets.push(theirs);
         }
-        command.args(arguments::arguments(config, &frontends));
+        command.args(arguments::arguments(
+            config,
+            &frontends,
+            clock.khz_until_now(),
+        ));
         command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
