@@ -159,18 +159,21 @@ impl Invocation {
         self
     }
 
-    /// The command line as a person would type it.
+    /// The command line as a person would type it; long words are cut.
     pub fn line(&self) -> String {
-        let mut words = vec![self.program.to_string_lossy().into_owned()];
-        words.extend(self.args.iter().map(|a| {
-            let word = a.to_string_lossy();
-            if word.contains([' ', '\n', '"', '$', ';']) {
-                format!("'{word}'")
-            } else {
-                word.into_owned()
-            }
-        }));
-        words.join(" ")
+        let words = std::iter::once(&self.program)
+            .chain(&self.args)
+            .map(|word| {
+                let word = word.to_string_lossy();
+                match word.char_indices().nth(120) {
+                    Some((cut, _)) => format!("'{}…'", word.get(..cut).unwrap_or_default()),
+                    None if word.is_empty() || word.contains([' ', '\n', '"', '$', ';']) => {
+                        format!("'{word}'")
+                    }
+                    None => word.into_owned(),
+                }
+            });
+        words.collect::<Vec<_>>().join(" ")
     }
 
     /// The same command under `script`, which gives it a terminal of `rows` × `columns`.

@@ -92,7 +92,7 @@ pub struct Suite {
     imported: RefCell<BTreeSet<Image>>,
     counter: Cell<u32>,
     rootfs: OnceCell<PathBuf>,
-    probe: OnceCell<String>,
+    probe: OnceCell<Result<String, String>>,
     saved: RefCell<String>,
 }
 
@@ -310,11 +310,16 @@ impl Suite {
 
     /// Output of a command that many cases look at, run once.
     pub fn once(&self, run: impl FnOnce() -> Outcome<String>) -> Outcome<&str> {
-        if self.probe.get().is_none() {
-            let text = run()?;
-            let _ = self.probe.set(text);
+        if let Some(kept) = self.probe.get() {
+            return kept
+                .as_deref()
+                .map_err(|_| "as in the first case of the group".into());
         }
-        self.probe.get().map(String::as_str).context("no probe")
+        let end = run();
+        let kept = end.as_ref().map_err(ToString::to_string).cloned();
+        let kept = self.probe.get_or_init(|| kept);
+        end?;
+        kept.as_deref().map_err(|error| error.as_str().into())
     }
 
     /// Restarts containerd.
