@@ -35,12 +35,18 @@ fn context() -> ttrpc::context::Context {
 
 async fn connect(socket: &Path, port: u32) -> Result<UnixStream> {
     let mut stream = UnixStream::connect(socket).await?;
-    stream.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
+    stream
+        .write_all(format!("CONNECT {port}\n").as_bytes())
+        .await?;
     let mut line = Vec::new();
     while line.last() != Some(&b'\n') {
         line.push(stream.read_u8().await.context("no answer to CONNECT")?);
     }
-    ensure!(line.starts_with(b"OK "), "{:?}", String::from_utf8_lossy(&line));
+    ensure!(
+        line.starts_with(b"OK "),
+        "{:?}",
+        String::from_utf8_lossy(&line)
+    );
     Ok(stream)
 }
 
@@ -135,7 +141,10 @@ impl Driver {
     }
 
     async fn start(&self, container: &str, exec: &str) -> Result<u32, String> {
-        let started = self.agent.start(context(), &Self::request(container, exec)).await;
+        let started = self
+            .agent
+            .start(context(), &Self::request(container, exec))
+            .await;
         started.map(|response| response.pid).map_err(message)
     }
 
@@ -169,7 +178,13 @@ impl Driver {
         Ok(())
     }
 
-    async fn exec(&self, name: &str, exec: &str, process: &str, input: Option<Vec<u8>>) -> Result<Output> {
+    async fn exec(
+        &self,
+        name: &str,
+        exec: &str,
+        process: &str,
+        input: Option<Vec<u8>>,
+    ) -> Result<Output> {
         let stdio = Stdio {
             stdin: input.is_some(),
             stdout: true,
@@ -260,12 +275,21 @@ async fn basics(d: &Driver) -> Result<()> {
         ("grep CapEff /proc/self/status", "CapEff:\t00000000000000e1"),
         ("grep CapBnd /proc/self/status", "CapBnd:\t00000000000000e1"),
         ("ls /proc/self/fd | wc -l", "4"),
-        ("echo y > /dev/stderr; test -c /dev/null && readlink /dev/fd", "/proc/self/fd"),
+        (
+            "echo y > /dev/stderr; test -c /dev/null && readlink /dev/fd",
+            "/proc/self/fd",
+        ),
         ("ls / | grep -c -E 'mnt|trees'", ""),
         ("mount | grep -c virtiofs || true", "1"),
         ("ip link show lo | grep -c ,UP || true", "1"),
-        ("echo 1 > /proc/sys/kernel/shmmni 2>/dev/null || echo readonly", "readonly"),
-        ("(mknod /tmp/x b 8 0; cat /tmp/x) 2>&1 | grep -c 'not permitted'", "1"),
+        (
+            "echo 1 > /proc/sys/kernel/shmmni 2>/dev/null || echo readonly",
+            "readonly",
+        ),
+        (
+            "(mknod /tmp/x b 8 0; cat /tmp/x) 2>&1 | grep -c 'not permitted'",
+            "1",
+        ),
     ] {
         match d.sh("c1", "e", script).await {
             Ok(got) if got == expected => {}
@@ -274,40 +298,96 @@ async fn basics(d: &Driver) -> Result<()> {
             Err(error) => println!("  FAILS {script}: {error:#}"),
         }
     }
-    ensure!(d.trees.join("c1/upper/new").exists(), "the upper layer has the new file");
+    ensure!(
+        d.trees.join("c1/upper/new").exists(),
+        "the upper layer has the new file"
+    );
     let mut codes = Vec::new();
     for script in ["exit 7", "kill -9 $$", "true", "kill -TERM $$"] {
-        let run = d.exec("c1", "e", &process(&["sh", "-c", script], ""), None).await?;
+        let run = d
+            .exec("c1", "e", &process(&["sh", "-c", script], ""), None)
+            .await?;
         codes.push(run.code);
     }
     ensure!(codes == [7, 137, 0, 143], "exit codes {codes:?}");
     for (args, expected) in [
-        (&["foo"][..], "exec: \"foo\": executable file not found in $PATH"),
-        (&["/nope"], "exec: \"/nope\": stat /nope: no such file or directory"),
+        (
+            &["foo"][..],
+            "exec: \"foo\": executable file not found in $PATH",
+        ),
+        (
+            &["/nope"],
+            "exec: \"/nope\": stat /nope: no such file or directory",
+        ),
         (&["/etc/bound"], "exec: \"/etc/bound\": permission denied"),
     ] {
         let error = d.exec("c1", "e", &process(args, ""), None).await;
         let error = error.err().map(|e| e.to_string()).unwrap_or_default();
         ensure!(error.contains(expected), "{error}");
     }
-    println!("  pids {:?}", d.agent.list_pids(context(), &ContainerRequest { container: "c1".into(), ..Default::default() }).await?.pids);
-    let stats = d.agent.stats(context(), &ContainerRequest { container: "c1".into(), ..Default::default() }).await?;
-    ensure!(stats.memory.usage > 0 && stats.pids.limit == 100, "stats {stats:?}");
+    println!(
+        "  pids {:?}",
+        d.agent
+            .list_pids(
+                context(),
+                &ContainerRequest {
+                    container: "c1".into(),
+                    ..Default::default()
+                }
+            )
+            .await?
+            .pids
+    );
+    let stats = d
+        .agent
+        .stats(
+            context(),
+            &ContainerRequest {
+                container: "c1".into(),
+                ..Default::default()
+            },
+        )
+        .await?;
+    ensure!(
+        stats.memory.usage > 0 && stats.pids.limit == 100,
+        "stats {stats:?}"
+    );
     Ok(())
 }
 
 async fn create_errors(d: &Driver) -> Result<()> {
     for (process, linux, expected) in [
-        (process(&["foo"], ""), "", "InvalidArgument|INVALID_ARGUMENT: unable to start container process: exec: \"foo\": executable file not found in $PATH"),
+        (
+            process(&["foo"], ""),
+            "",
+            "InvalidArgument|INVALID_ARGUMENT: unable to start container process: exec: \"foo\": executable file not found in $PATH",
+        ),
         (process(&["/bin"], ""), "", "is a directory"),
-        (process(&["sh"], ",\"selinuxLabel\":\"x\""), "", "process.selinuxLabel is not supported"),
-        (process(&["sh"], ""), ",\"intelRdt\":{}", "linux.intelRdt is not supported"),
-        (process(&["sh"], ""), ",\"devices\":[{\"path\":\"/proc/1/x\",\"type\":\"c\",\"major\":1,\"minor\":3}]", "linux.devices[0]"),
+        (
+            process(&["sh"], ",\"selinuxLabel\":\"x\""),
+            "",
+            "process.selinuxLabel is not supported",
+        ),
+        (
+            process(&["sh"], ""),
+            ",\"intelRdt\":{}",
+            "linux.intelRdt is not supported",
+        ),
+        (
+            process(&["sh"], ""),
+            ",\"devices\":[{\"path\":\"/proc/1/x\",\"type\":\"c\",\"major\":1,\"minor\":3}]",
+            "linux.devices[0]",
+        ),
     ] {
-        let error = d.create("bad", &spec(&process, "", linux), Stdio::default()).await;
+        let error = d
+            .create("bad", &spec(&process, "", linux), Stdio::default())
+            .await;
         let error = error.err().unwrap_or_default();
         let expected = expected.split('|').next_back().unwrap_or_default();
-        ensure!(error.contains(expected), "got {error:?}, expected {expected:?}");
+        ensure!(
+            error.contains(expected),
+            "got {error:?}, expected {expected:?}"
+        );
     }
     Ok(())
 }
@@ -323,7 +403,9 @@ async fn many_execs(d: &Driver) -> Result<()> {
     let mut tasks = Vec::new();
     for i in 0..20 {
         let d = d.clone();
-        tasks.push(tokio::spawn(async move { d.sh("c1", &format!("p{i}"), &format!("echo {i}")).await }));
+        tasks.push(tokio::spawn(async move {
+            d.sh("c1", &format!("p{i}"), &format!("echo {i}")).await
+        }));
     }
     for (i, task) in tasks.into_iter().enumerate() {
         ensure!(task.await?? == i.to_string());
@@ -333,30 +415,70 @@ async fn many_execs(d: &Driver) -> Result<()> {
 }
 
 fn pattern(length: usize) -> Vec<u8> {
-    (0..length).map(|i| (i.wrapping_mul(31) >> 3) as u8).collect()
+    (0..length)
+        .map(|i| (i.wrapping_mul(31) >> 3) as u8)
+        .collect()
 }
 
 async fn bulk(d: &Driver) -> Result<()> {
     let data = pattern(100_000_000);
     let before = Instant::now();
-    let run = d.exec("c1", "cat", &process(&["cat"], ""), Some(data.clone())).await?;
-    ensure!(run.stdout == data, "100 MB came back as {} bytes", run.stdout.len());
+    let run = d
+        .exec("c1", "cat", &process(&["cat"], ""), Some(data.clone()))
+        .await?;
+    ensure!(
+        run.stdout == data,
+        "100 MB came back as {} bytes",
+        run.stdout.len()
+    );
     println!("  100 MB through cat: {:?}", before.elapsed());
     // Everything written right before the end arrives.
     for i in 0..10 {
-        let run = d.exec("c1", &format!("last{i}"), &process(&["sh", "-c", "head -c 300000 /dev/zero; echo end >&2"], ""), None).await?;
-        ensure!(run.stdout.len() == 300_000 && run.stderr == b"end\n", "{}", run.stdout.len());
+        let run = d
+            .exec(
+                "c1",
+                &format!("last{i}"),
+                &process(&["sh", "-c", "head -c 300000 /dev/zero; echo end >&2"], ""),
+                None,
+            )
+            .await?;
+        ensure!(
+            run.stdout.len() == 300_000 && run.stderr == b"end\n",
+            "{}",
+            run.stdout.len()
+        );
     }
     // A reader that connects only after the process's end gets what the pipe holds.
-    d.register("c1", "late", &process(&["sh", "-c", "echo early"], ""), Stdio { stdout: true, ..Default::default() }).await?;
+    d.register(
+        "c1",
+        "late",
+        &process(&["sh", "-c", "echo early"], ""),
+        Stdio {
+            stdout: true,
+            ..Default::default()
+        },
+    )
+    .await?;
     d.start("c1", "late").await.map_err(anyhow::Error::msg)?;
     d.wait("c1", "late").await?;
     let mut text = String::new();
-    d.stream("c1", "late", StreamKind::Stdout).await?.read_to_string(&mut text).await?;
+    d.stream("c1", "late", StreamKind::Stdout)
+        .await?
+        .read_to_string(&mut text)
+        .await?;
     ensure!(text == "early\n", "{text:?}");
     d.delete("c1", "late").await?;
     // A background process that keeps stdout open does not hold Wait and Delete up.
-    d.register("c1", "bg", &process(&["sh", "-c", "echo now; sleep 1000 &"], ""), Stdio { stdout: true, ..Default::default() }).await?;
+    d.register(
+        "c1",
+        "bg",
+        &process(&["sh", "-c", "echo now; sleep 1000 &"], ""),
+        Stdio {
+            stdout: true,
+            ..Default::default()
+        },
+    )
+    .await?;
     let mut out = d.stream("c1", "bg", StreamKind::Stdout).await?;
     d.start("c1", "bg").await.map_err(anyhow::Error::msg)?;
     d.wait("c1", "bg").await?;
@@ -365,7 +487,17 @@ async fn bulk(d: &Driver) -> Result<()> {
     out.read_to_string(&mut text).await?;
     ensure!(text == "now\n", "{text:?}");
     // A connection that breaks is replaced by the next one, and nothing is lost in the pipe.
-    d.register("c1", "re", &process(&["sh", "-c", "read x; echo $x"], ""), Stdio { stdin: true, stdout: true, ..Default::default() }).await?;
+    d.register(
+        "c1",
+        "re",
+        &process(&["sh", "-c", "read x; echo $x"], ""),
+        Stdio {
+            stdin: true,
+            stdout: true,
+            ..Default::default()
+        },
+    )
+    .await?;
     d.start("c1", "re").await.map_err(anyhow::Error::msg)?;
     drop(d.stream("c1", "re", StreamKind::Stdout).await?);
     let mut stdin = d.stream("c1", "re", StreamKind::Stdin).await?;
@@ -379,22 +511,53 @@ async fn bulk(d: &Driver) -> Result<()> {
 }
 
 async fn terminal(d: &Driver) -> Result<()> {
-    let tty = Stdio { stdin: true, stdout: true, terminal: true, ..Default::default() };
-    d.register("c1", "tty", &process(&["sh", "-c", "tty; stty size; read line; echo got $line; exit 3"], ",\"terminal\":true,\"consoleSize\":{\"height\":33,\"width\":99}"), tty.clone()).await?;
+    let tty = Stdio {
+        stdin: true,
+        stdout: true,
+        terminal: true,
+        ..Default::default()
+    };
+    d.register(
+        "c1",
+        "tty",
+        &process(
+            &[
+                "sh",
+                "-c",
+                "tty; stty size; read line; echo got $line; exit 3",
+            ],
+            ",\"terminal\":true,\"consoleSize\":{\"height\":33,\"width\":99}",
+        ),
+        tty.clone(),
+    )
+    .await?;
     let mut out = d.stream("c1", "tty", StreamKind::Stdout).await?;
     let mut stdin = d.stream("c1", "tty", StreamKind::Stdin).await?;
     d.start("c1", "tty").await.map_err(anyhow::Error::msg)?;
     stdin.write_all(b"hello\n").await?;
     let mut text = String::new();
     out.read_to_string(&mut text).await?;
-    ensure!(text.contains("/dev/pts/0") && text.contains("33 99") && text.contains("got hello"), "{text:?}");
+    ensure!(
+        text.contains("/dev/pts/0") && text.contains("33 99") && text.contains("got hello"),
+        "{text:?}"
+    );
     ensure!(d.wait("c1", "tty").await?.exit_status == 3);
     d.delete("c1", "tty").await?;
     // An init with a terminal has /dev/console.
-    let init = process(&["sh", "-c", "echo on-console > /dev/console; stty size"], ",\"terminal\":true");
-    d.create("t1", &spec(&init, "", ""), tty).await.map_err(anyhow::Error::msg)?;
+    let init = process(
+        &["sh", "-c", "echo on-console > /dev/console; stty size"],
+        ",\"terminal\":true",
+    );
+    d.create("t1", &spec(&init, "", ""), tty)
+        .await
+        .map_err(anyhow::Error::msg)?;
     let mut out = d.stream("t1", "", StreamKind::Stdout).await?;
-    let resize = ResizePtyRequest { container: "t1".into(), width: 70, height: 20, ..Default::default() };
+    let resize = ResizePtyRequest {
+        container: "t1".into(),
+        width: 70,
+        height: 20,
+        ..Default::default()
+    };
     d.agent.resize_pty(context(), &resize).await?;
     d.start("t1", "").await.map_err(anyhow::Error::msg)?;
     text.clear();
@@ -405,35 +568,89 @@ async fn terminal(d: &Driver) -> Result<()> {
 }
 
 async fn life(d: &Driver) -> Result<()> {
-    let request = |name: &str| ContainerRequest { container: name.into(), ..Default::default() };
+    let request = |name: &str| ContainerRequest {
+        container: name.into(),
+        ..Default::default()
+    };
     // Pause stops a counter, resume lets it go on.
     d.agent.pause(context(), &request("c1")).await?;
     d.agent.resume(context(), &request("c1")).await?;
-    let update = UpdateRequest { container: "c1".into(), resources: br#"{"pids":{"limit":50}}"#.to_vec(), ..Default::default() };
+    let update = UpdateRequest {
+        container: "c1".into(),
+        resources: br#"{"pids":{"limit":50}}"#.to_vec(),
+        ..Default::default()
+    };
     d.agent.update(context(), &update).await?;
     ensure!(d.sh("c1", "u", "cat /sys/fs/cgroup/pids.max").await? == "50");
     // Memory: the kernel kills, and it is told.
-    d.box_up("oom", "", ",\"memory\":{\"limit\":8388608}").await?;
-    let run = d.exec("oom", "big", &process(&["sh", "-c", "dd if=/dev/zero of=/dev/null bs=64M count=1"], ""), None).await?;
-    ensure!(run.code == 137, "code {} {}", run.code, String::from_utf8_lossy(&run.stderr));
+    d.box_up("oom", "", ",\"memory\":{\"limit\":8388608}")
+        .await?;
+    let run = d
+        .exec(
+            "oom",
+            "big",
+            &process(
+                &["sh", "-c", "dd if=/dev/zero of=/dev/null bs=64M count=1"],
+                "",
+            ),
+            None,
+        )
+        .await?;
+    ensure!(
+        run.code == 137,
+        "code {} {}",
+        run.code,
+        String::from_utf8_lossy(&run.stderr)
+    );
     d.box_down("oom").await?;
     // A container that was never started can be deleted; a running one cannot.
-    d.create("never", &spec(&process(&["sh"], ""), "", ""), Stdio::default()).await.map_err(anyhow::Error::msg)?;
+    d.create(
+        "never",
+        &spec(&process(&["sh"], ""), "", ""),
+        Stdio::default(),
+    )
+    .await
+    .map_err(anyhow::Error::msg)?;
     d.delete("never", "").await?;
     ensure!(d.delete("c1", "").await.is_err());
     // The init's end ends its execs.
     d.box_up("c2", "", "").await?;
-    d.register("c2", "e", &process(&["sleep", "1000"], ""), Stdio::default()).await?;
+    d.register(
+        "c2",
+        "e",
+        &process(&["sleep", "1000"], ""),
+        Stdio::default(),
+    )
+    .await?;
     d.start("c2", "e").await.map_err(anyhow::Error::msg)?;
     d.kill("c2", "", 9, false).await?;
     ensure!(d.wait("c2", "e").await?.exit_status == 137);
     ensure!(d.wait("c2", "").await?.exit_status == 137);
     d.delete("c2", "").await?;
     // Another user, another folder, made on the way.
-    let init = process(&["sh", "-c", "id -u; id -G; pwd; umask; touch /root/x 2>&1 | grep -c denied"], "")
-        .replace(r#""uid":0,"gid":0"#, r#""uid":1000,"gid":1000,"additionalGids":[5],"umask":63"#)
-        .replace(r#""cwd":"/""#, r#""cwd":"/srv/new""#);
-    d.create("c3", &spec(&init, "", ""), Stdio { stdout: true, ..Default::default() }).await.map_err(anyhow::Error::msg)?;
+    let init = process(
+        &[
+            "sh",
+            "-c",
+            "id -u; id -G; pwd; umask; touch /root/x 2>&1 | grep -c denied",
+        ],
+        "",
+    )
+    .replace(
+        r#""uid":0,"gid":0"#,
+        r#""uid":1000,"gid":1000,"additionalGids":[5],"umask":63"#,
+    )
+    .replace(r#""cwd":"/""#, r#""cwd":"/srv/new""#);
+    d.create(
+        "c3",
+        &spec(&init, "", ""),
+        Stdio {
+            stdout: true,
+            ..Default::default()
+        },
+    )
+    .await
+    .map_err(anyhow::Error::msg)?;
     let mut out = d.stream("c3", "", StreamKind::Stdout).await?;
     d.start("c3", "").await.map_err(anyhow::Error::msg)?;
     let mut text = String::new();
@@ -464,10 +681,17 @@ async fn layers(d: &Driver) -> Result<()> {
         container: "many".into(),
         spec: spec(&init, "", "").into_bytes(),
         rootfs: Some(rootfs).into(),
-        stdio: Some(Stdio { stdout: true, ..Default::default() }).into(),
+        stdio: Some(Stdio {
+            stdout: true,
+            ..Default::default()
+        })
+        .into(),
         ..Default::default()
     };
-    d.agent.create_container(context(), &request).await.map_err(|e| anyhow::anyhow!(message(e)))?;
+    d.agent
+        .create_container(context(), &request)
+        .await
+        .map_err(|e| anyhow::anyhow!(message(e)))?;
     let mut out = d.stream("many", "", StreamKind::Stdout).await?;
     d.start("many", "").await.map_err(anyhow::Error::msg)?;
     let mut text = String::new();
@@ -479,14 +703,22 @@ async fn layers(d: &Driver) -> Result<()> {
 
 /// Looks at the agent itself from a container that shares its pid namespace.
 async fn left(d: &Driver) -> Result<String> {
-    let init = process(&["sleep", "1000"], "").replace(CAPS, r#"["CAP_SYS_PTRACE","CAP_DAC_OVERRIDE","CAP_SYS_ADMIN"]"#);
+    let init = process(&["sleep", "1000"], "").replace(
+        CAPS,
+        r#"["CAP_SYS_PTRACE","CAP_DAC_OVERRIDE","CAP_SYS_ADMIN"]"#,
+    );
     let spec = spec(&init, "", "")
         .replace(r#"{"type":"pid"},"#, "")
         .replace(r#"{"type":"cgroup"},"#, "");
-    d.create("look", &spec, Stdio::default()).await.map_err(anyhow::Error::msg)?;
+    d.create("look", &spec, Stdio::default())
+        .await
+        .map_err(anyhow::Error::msg)?;
     d.start("look", "").await.map_err(anyhow::Error::msg)?;
     let script = "echo fds $(ls /proc/1/fd | wc -l), mounts $(wc -l < /proc/1/mounts), cgroups $(ls -d /sys/fs/cgroup/pods/*/ | wc -l), zombies $(grep -l '^State:.Z' /proc/[0-9]*/status 2>/dev/null | wc -l), threads $(ls /proc/1/task | wc -l), $(grep VmRSS /proc/1/status)";
-    let exec = process(&["sh", "-c", script], "").replace(CAPS, r#"["CAP_SYS_PTRACE","CAP_DAC_OVERRIDE","CAP_SYS_ADMIN"]"#);
+    let exec = process(&["sh", "-c", script], "").replace(
+        CAPS,
+        r#"["CAP_SYS_PTRACE","CAP_DAC_OVERRIDE","CAP_SYS_ADMIN"]"#,
+    );
     let run = d.exec("look", "e", &exec, None).await?;
     d.box_down("look").await?;
     Ok(String::from_utf8_lossy(&run.stdout).trim().to_string())
@@ -509,7 +741,10 @@ async fn main() -> Result<()> {
     };
     let d = Arc::new(d);
     let mut failed = 0;
-    println!("before: {}", left(&d).await.unwrap_or_else(|error| format!("{error:#}")));
+    println!(
+        "before: {}",
+        left(&d).await.unwrap_or_else(|error| format!("{error:#}"))
+    );
     macro_rules! run {
         ($($name:ident),*) => { $(
             if only.as_deref().is_none_or(|only| only == stringify!($name) || stringify!($name) == "basics") {
@@ -521,10 +756,21 @@ async fn main() -> Result<()> {
             }
         )* };
     }
-    run!(basics, create_errors, many_execs, bulk, terminal, life, layers);
+    run!(
+        basics,
+        create_errors,
+        many_execs,
+        bulk,
+        terminal,
+        life,
+        layers
+    );
     d.box_down("c1").await?;
     println!("after: {}", left(&d).await?);
-    d.agent.shutdown(context(), &Empty::new()).await.map_err(|e| anyhow::anyhow!(message(e)))?;
+    d.agent
+        .shutdown(context(), &Empty::new())
+        .await
+        .map_err(|e| anyhow::anyhow!(message(e)))?;
     println!("{failed} failed");
     ensure!(failed == 0, "{failed} failed");
     Ok(())

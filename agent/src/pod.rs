@@ -359,9 +359,12 @@ impl Pod {
     }
 
     async fn release(&self, process: &Arc<Process>, prepared: Prepared) -> Result<u32> {
-        prepared.start().await?;
-        *lock(&process.state) = State::Running;
-        Ok(prepared.pid)
+        let started = prepared.start().await;
+        *lock(&process.state) = match started {
+            Ok(()) => State::Running,
+            Err(_) => State::Failed,
+        };
+        started.map(|()| prepared.pid)
     }
 
     async fn prepare_exec(
@@ -432,12 +435,19 @@ impl Pod {
     /// Frees an exec, or a container with everything it has.
     pub async fn delete(self: Arc<Self>, container: String, exec: String) -> Result<Exit> {
         let process = self.process(&container, &exec)?;
-        let created = matches!(*lock(&process.state), State::Created(_));
-        let registered = matches!(*lock(&process.state), State::Registered(_));
+        let (registered, unstarted) = match *lock(&process.state) {
+            State::Registered(_) => (true, false),
+            State::Created(_) | State::Failed => (false, true),
+            State::Starting | State::Running => (false, false),
+        };
         let exit = match process.exited() {
             Some(exit) => exit,
-            None if registered => NEVER_RAN,
-            None if created => {
+            None if registered => {
+                // Whoever waits for it waits in vain.
+                process.exit.send_replace(Some(NEVER_RAN));
+                NEVER_RAN
+            }
+            None if unstarted => {
                 let _ = process.signal(libc::SIGKILL);
                 process.wait().await
             }

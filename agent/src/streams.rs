@@ -23,6 +23,9 @@ use crate::{
     sys,
 };
 
+/// Most that a pipe holds: what is still delivered of a deleted process.
+const PIPE_MAX: usize = 64 * 1024;
+
 /// The agent's end of a pipe or pty.
 type Pipe = Arc<AsyncFd<OwnedFd>>;
 
@@ -190,10 +193,16 @@ async fn pump_output(mut pump: Pump) {
     };
     let mut buffer = vec![0; STREAM_BUFFER];
     let mut deleted = false;
+    let mut budget = PIPE_MAX;
     loop {
         let length = if deleted {
-            // Others may hold the pipe open; only what is there now counts.
-            rustix::io::read(pipe.get_ref(), &mut buffer).unwrap_or(0)
+            // Others may hold the pipe open, or write on and on; only what is there now counts.
+            if budget == 0 {
+                break;
+            }
+            let length = rustix::io::read(pipe.get_ref(), &mut buffer).unwrap_or(0);
+            budget = budget.saturating_sub(length);
+            length
         } else {
             tokio::select! {
                 read = read(&pipe, &mut buffer) => read.unwrap_or(0), // EIO: the pty's last slave is closed
