@@ -7,10 +7,35 @@
 use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::process::umask;
-use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, capabilities, set_capabilities, set_no_new_privs,
+};
 
 use super::request::Caller;
 use super::sys;
+
+/// All that serving takes: the file-system capabilities, the change of file-system ids, mounts and `trusted.*`
+/// attributes (SYS_ADMIN), and the file capabilities that come with images (SETFCAP).
+const NEEDED: CapabilitySet = CapabilitySet::CHOWN
+    .union(CapabilitySet::DAC_OVERRIDE)
+    .union(CapabilitySet::DAC_READ_SEARCH)
+    .union(CapabilitySet::FOWNER)
+    .union(CapabilitySet::FSETID)
+    .union(CapabilitySet::MKNOD)
+    .union(CapabilitySet::SETUID)
+    .union(CapabilitySet::SETGID)
+    .union(CapabilitySet::SETFCAP)
+    .union(CapabilitySet::SYS_ADMIN);
+
+/// Gives up every other capability, for this thread and those it starts later.
+pub fn drop_unneeded() -> Result<(), Errno> {
+    set_no_new_privs(true)?;
+    let mut sets = capabilities(None)?;
+    sets.effective &= NEEDED;
+    sets.permitted &= NEEDED;
+    sets.inheritable = CapabilitySet::empty();
+    set_capabilities(None, sets)
+}
 
 /// A worker thread's own capabilities. Not shared: capabilities, umask and file-system ids belong to the thread.
 pub struct Identity {

@@ -32,7 +32,7 @@ pub struct Inode {
 
 enum Held {
     Descriptor(OwnedFd),
-    Handle(FileHandle),
+    Handle(Box<FileHandle>),
 }
 
 impl Inode {
@@ -212,7 +212,7 @@ impl Inodes {
             (Held::Descriptor(fd), None)
         } else if tree.opens_handles_of(key.mount) {
             (
-                Held::Handle(sys::file_handle(&fd).map_err(|_| Errno::NFILE)?),
+                Held::Handle(Box::new(sys::file_handle(&fd).map_err(|_| Errno::NFILE)?)),
                 Some(fd),
             )
         } else {
@@ -279,6 +279,6 @@ impl Inodes {
 fn is_same(inode: &Inode, fd: &OwnedFd) -> bool {
     match &inode.held {
         Held::Descriptor(_) => true,
-        Held::Handle(handle) => sys::file_handle(fd).is_ok_and(|found| found == *handle),
+        Held::Handle(handle) => sys::file_handle(fd).is_ok_and(|found| found == **handle),
     }
 }

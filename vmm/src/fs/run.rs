@@ -13,7 +13,7 @@ use super::inodes::Limits;
 use super::namespace::{self, Namespace};
 use super::server::{Budget, Server};
 use super::trees::Trees;
-use super::{control, worker};
+use super::{control, creds, worker};
 use crate::limits;
 
 /// What the file server is started with.
@@ -65,7 +65,12 @@ pub fn run(config: Config) -> Result<(), Error> {
 /// [`run`] with a budget given.
 pub(super) fn run_within(config: Config, budget: Budget) -> Result<(), Error> {
     let listener = listen(&config)?;
+    // Needs CAP_NET_ADMIN, which goes below.
+    for socket in &config.workers {
+        worker::prepare(socket).map_err(system("setting a worker's send buffer"))?;
+    }
     let namespace = Namespace::enter(&config.state_dir)?;
+    creds::drop_unneeded().map_err(system("dropping capabilities"))?;
     let root = namespace
         .root
         .try_clone()
@@ -78,7 +83,6 @@ pub(super) fn run_within(config: Config, budget: Budget) -> Result<(), Error> {
     let alive = Arc::new(alive);
     let count = config.workers.len();
     for (number, socket) in config.workers.into_iter().enumerate() {
-        worker::prepare(&socket).map_err(system("setting a worker's send buffer"))?;
         let (server, alive) = (Arc::clone(&server), Arc::clone(&alive));
         std::thread::Builder::new()
             .name(format!("fuse-{number}"))
@@ -108,6 +112,8 @@ fn listen(config: &Config) -> Result<UnixListener, Error> {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
         _ => UnixListener::bind(&path),
     };
+    // A client that has gone between poll and accept must not stop the others.
+    let listener = listener.and_then(|listener| listener.set_nonblocking(true).map(|()| listener));
     listener.map_err(|source| Error::Listen { path, source })
 }
 

@@ -139,6 +139,25 @@ fn the_namespace_holds_the_trees_and_nothing_of_the_host() {
 }
 
 #[test]
+fn only_the_capabilities_of_serving_are_kept() {
+    let Some(rig) = Rig::start() else { return };
+    let status = std::fs::read_to_string(format!("/proc/self/task/{}/status", rig.thread)).unwrap();
+    let field = |name: &str| {
+        let line = status.lines().find(|line| line.starts_with(name)).unwrap();
+        line.split_whitespace().nth(1).unwrap().to_owned()
+    };
+    let kept = [0u32, 1, 2, 3, 4, 6, 7, 21, 27, 31]
+        .iter()
+        .fold(0u64, |set, bit| set | 1 << bit);
+    assert_eq!(
+        u64::from_str_radix(&field("CapPrm"), 16).unwrap() & !kept,
+        0
+    );
+    assert_eq!(field("CapEff"), field("CapPrm"));
+    assert_eq!(field("NoNewPrivs"), "1");
+}
+
+#[test]
 fn the_server_ends_when_the_last_worker_has_no_client() {
     let Some(mut rig) = Rig::start_with(super::rig::BUDGET, 2) else {
         return;

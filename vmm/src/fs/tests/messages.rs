@@ -573,6 +573,56 @@ fn a_folder_is_listed_page_by_page_with_types() {
 }
 
 #[test]
+fn the_small_operations_answer() {
+    let Some(rig) = Rig::start() else { return };
+    let rw = rig.tree(c"rw");
+    let made = create(&rig, rw, c"file").unwrap();
+    let (node, handle) = (u64_at(&made, 0), u64_at(&made, 128));
+    let statfs = rig.call(opcode::STATFS, rw, &[]).unwrap();
+    assert_eq!(statfs.len(), 80);
+    assert_eq!(u32_at(&statfs, 44), 255, "longest name");
+    rig.call(opcode::SYNCFS, ROOT_ID, &[0; 8]).unwrap();
+    write(&rig, node, handle, b"data").unwrap();
+    let mut fsync = u64s(&[handle]);
+    fsync.extend(u32s(&[1, 0]));
+    rig.call(opcode::FSYNC, node, &fsync).unwrap();
+    let mut fallocate = u64s(&[handle, 0, 8192]);
+    fallocate.extend(u32s(&[0, 0]));
+    rig.call(opcode::FALLOCATE, node, &fallocate).unwrap();
+    assert_eq!(std::fs::metadata(rig.path("rw/file")).unwrap().len(), 8192);
+    fallocate[24..28].copy_from_slice(&8u32.to_ne_bytes());
+    assert_eq!(
+        rig.call(opcode::FALLOCATE, node, &fallocate),
+        Err(Errno::OPNOTSUPP)
+    );
+    for (whence, answer) in [
+        (libc::SEEK_DATA, true),
+        (libc::SEEK_HOLE, true),
+        (libc::SEEK_SET, false),
+    ] {
+        let mut seek = u64s(&[handle, 0]);
+        seek.extend(u32s(&[whence.cast_unsigned(), 0]));
+        assert_eq!(rig.call(opcode::LSEEK, node, &seek).is_ok(), answer);
+    }
+    let mut value = u32s(&[3, 0, 0, 0]);
+    value.extend_from_slice(b"user.k\0abc");
+    rig.call(opcode::SETXATTR, node, &value).unwrap();
+    let get = |size: u32| rig.named(opcode::GETXATTR, node, u32s(&[size, 0]), &[c"user.k"]);
+    assert_eq!(get(0).unwrap(), u32s(&[3, 0]));
+    assert_eq!(get(2), Err(Errno::RANGE));
+    assert_eq!(get(100).unwrap(), b"abc");
+    assert_eq!(
+        rig.call(opcode::LISTXATTR, node, &u32s(&[100, 0])).unwrap(),
+        b"user.k\0"
+    );
+    rig.named(opcode::LINK, rw, u64s(&[node]), &[c"again"])
+        .unwrap();
+    assert_eq!(std::fs::metadata(rig.path("rw/again")).unwrap().nlink(), 2);
+    rig.call(opcode::DESTROY, 0, &[]).unwrap();
+    assert_eq!(rig.call(opcode::GETATTR, node, &[0; 16]), Err(Errno::STALE));
+}
+
+#[test]
 fn random_messages_never_end_the_server() {
     let Some(rig) = Rig::start() else { return };
     create(&rig, rig.tree(c"rw"), c"file").unwrap();
