@@ -13,6 +13,7 @@ use bulkhead_vmm::machine::builder;
 use bulkhead_vmm::machine::end::{End, EndReason, EndSender, end_channel};
 use bulkhead_vmm::serial::ConsoleRing;
 use clap::Parser;
+use rustix::process::{Resource, getrlimit, setrlimit};
 use tracing_subscriber::EnvFilter;
 
 /// Runs one machine, described by machine.json in its state folder.
@@ -30,6 +31,7 @@ fn main() {
     log_to_stderr();
     let console = ConsoleRing::new();
     record_panics(&arguments.state_dir, &console);
+    raise_descriptor_limit();
     let end = run(&arguments.state_dir, &console, started);
     tracing::info!(reason = ?end.reason, "{}", end.detail);
     if let Err(error) = end.record(&arguments.state_dir, &console) {
@@ -77,6 +79,15 @@ fn start(
 
 fn failure(reason: EndReason, error: impl Into<anyhow::Error>) -> End {
     End::new(reason, format!("{:#}", error.into()))
+}
+
+/// Each vsock connection of the guest holds a descriptor; the limits table caps them.
+fn raise_descriptor_limit() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
 }
 
 /// A bug in this program ends the machine with a reason too.

@@ -156,9 +156,12 @@ impl Emulator {
         self.signal(Signal::CONT)
     }
 
-    /// Ends the machine at once; the end is reported as any other.
+    /// Ends the machine at once, if it has not ended; the end is reported as any other.
     pub fn kill(&self) -> io::Result<()> {
-        self.signal(Signal::KILL)
+        match self.signal(Signal::KILL) {
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+            result => result,
+        }
     }
 
     fn signal(&self, signal: Signal) -> io::Result<()> {

@@ -202,8 +202,8 @@ impl Connection {
         let Ok(len) = u32::try_from(data.remaining()) else {
             return self.finish(Outcome::Reset);
         };
-        let free = limits::VSOCK_BUFFER.saturating_sub(self.outbound.len());
-        if self.guest_shutdown & SHUTDOWN_SEND != 0 || data.remaining() > free {
+        // By what the guest was told; so `outbound`, which is never more, has its cap as well.
+        if self.guest_shutdown & SHUTDOWN_SEND != 0 || len > self.granted() {
             return self.finish(Outcome::Reset);
         }
         self.rx_cnt += len;
@@ -230,6 +230,12 @@ impl Connection {
         Outcome::Continue
     }
 
+    /// Bytes that the guest may still send, as far as it knows.
+    fn granted(&self) -> u32 {
+        let in_flight = self.rx_cnt - self.told_fwd_cnt;
+        (limits::VSOCK_BUFFER as u32).saturating_sub(in_flight.0)
+    }
+
     fn host_refuses(&self) -> bool {
         self.host_shutdown & SHUTDOWN_RECEIVE != 0
     }
@@ -237,9 +243,9 @@ impl Connection {
     fn forwarded(&mut self, n: usize) {
         // Never more than VSOCK_BUFFER at once.
         self.fwd_cnt += n as u32;
-        // The guest's picture of our free space; tell it news in good time, not each time.
-        let seen_free = limits::VSOCK_BUFFER as u32 - (self.rx_cnt - self.told_fwd_cnt).0;
-        if self.fwd_cnt != self.told_fwd_cnt && seen_free < limits::VSOCK_BUFFER as u32 / 2 {
+        // News in good time, not each time.
+        let news = self.fwd_cnt != self.told_fwd_cnt;
+        if news && self.granted() < limits::VSOCK_BUFFER as u32 / 2 {
             self.due.credit_update = true;
         }
     }

@@ -130,13 +130,13 @@ impl Muxer {
         self.resets.clear();
     }
 
-    /// Whether [`Self::to_guest`] may have something.
+    /// Whether [`Self::next_packet`] may have something.
     pub fn has_packets(&self) -> bool {
         !self.ready.is_empty() || !self.resets.is_empty()
     }
 
     /// Takes a packet of the guest; `source` gives the data once the header announced how much.
-    pub fn from_guest<S: Source>(
+    pub fn take_packet<S: Source>(
         &mut self,
         header: &[u8; HEADER_LEN],
         source: impl FnOnce(usize) -> Option<S>,
@@ -180,7 +180,7 @@ impl Muxer {
     }
 
     /// The next packet for the guest, its data put into `room`.
-    pub fn to_guest(&mut self, room: &mut impl Sink) -> Option<Outgoing> {
+    pub fn next_packet(&mut self, room: &mut impl Sink) -> Option<Outgoing> {
         if let Some(ports) = self.resets.pop_front() {
             let header = Packet::new(ports, Operation::Reset).to_guest(self.guest_cid);
             return Some(Outgoing { header, len: 0 });

@@ -133,7 +133,7 @@ impl Worker {
             let mut header = [0; HEADER_LEN];
             if chain.reader(&memory).read_exact(&mut header).is_ok() {
                 self.muxer
-                    .from_guest(&header, |len| TxData::new(&chain, &memory, len));
+                    .take_packet(&header, |len| TxData::new(&chain, &memory, len));
             }
             self.tx.push(chain, 0)?;
             done += 1;
@@ -159,7 +159,7 @@ impl Worker {
                 done += 1;
                 continue;
             };
-            let Some(packet) = self.muxer.to_guest(&mut room) else {
+            let Some(packet) = self.muxer.next_packet(&mut room) else {
                 self.rx.unpop(chain);
                 break;
             };
