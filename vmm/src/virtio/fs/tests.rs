@@ -187,10 +187,11 @@ fn malformed_requests_are_answered_without_the_file_server() {
 }
 
 #[test]
-fn a_file_server_that_dies_ends_the_machine() {
+fn a_file_server_that_dies_at_work_ends_the_machine() {
     let mut bench = Bench::new(1);
-    bench.servers.clear();
     bench.offer(1, 0, &request(GETATTR, 5, b""), 64);
+    take(&bench.servers[0]);
+    bench.servers.clear();
     assert_eq!(bench.used(1), (0, 16));
     assert_eq!(bench.error_of(0), -libc::EIO);
     let end = bench.ends.recv_timeout(Duration::from_secs(10)).unwrap();
