@@ -164,10 +164,11 @@ impl Machine {
 
     /// Ends what is not a part of this process.
     pub fn kill(&self) {
+        // It may have ended by itself: then that is the end we heard of.
         if let Engine::Emulated(emulator) = &self.engine
             && let Err(error) = emulator.kill()
         {
-            tracing::warn!(%error, "cannot kill the emulator");
+            tracing::debug!(%error, "cannot kill the emulator");
         }
     }
 }
