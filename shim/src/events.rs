@@ -168,7 +168,8 @@ async fn run(route: Route, mut items: mpsc::Receiver<Item>) {
 
 async fn deliver(route: &Route, client: &mut Option<EventsClient>, envelope: Envelope) {
     for attempt in 0..ATTEMPTS {
-        if attempt > 0 {
+        // The first repetition at once: a connection from before containerd's restart fails like this.
+        if attempt > 1 {
             sleep(Duration::from_secs(1)).await;
         }
         let sent = match &route.ttrpc {
