@@ -1,8 +1,8 @@
 //! Drives an agent in a running guest, in the shim's stead: makes a busybox container, runs execs, pushes data through the
 //! streams, deletes everything, and checks what is left.
 //!
-//! Usage: `drive VSOCK_SOCKET TREES`: the socket speaks `CONNECT port`; TREES is the folder served as tag `pod`, with a
-//! busybox rootfs as `TREES/base`.
+//! Usage: `drive VSOCK_SOCKET FOLDER TREE [TEST]`: the socket speaks `CONNECT port` and knows half-close; FOLDER is served as
+//! tree TREE, and holds a busybox rootfs as `base`.
 
 use std::{
     path::{Path, PathBuf},
@@ -26,6 +26,7 @@ use tokio::{
 struct Driver {
     socket: PathBuf,
     trees: PathBuf,
+    tree: String,
     agent: AgentClient,
 }
 
@@ -81,7 +82,7 @@ fn spec(process: &str, resources: &str, more: &str) -> String {
         {{"destination":"/sys","type":"sysfs","source":"sysfs","options":["nosuid","noexec","nodev","ro"]}},
         {{"destination":"/sys/fs/cgroup","type":"cgroup","source":"cgroup","options":["ro","nosuid","noexec","nodev"]}},
         {{"destination":"/run","type":"tmpfs","source":"tmpfs","options":["nosuid","strictatime","mode=755","size=65536k"]}},
-        {{"destination":"/etc/bound","type":"bind","source":"/run/bulkhead/trees/file","options":["rbind","rprivate","ro"]}}],
+        {{"destination":"/etc/bound","type":"bind","source":"/run/bulkhead/trees/TREE/file","options":["rbind","rprivate","ro"]}}],
         "linux":{{"cgroupsPath":"/default/x","namespaces":[{{"type":"pid"}},{{"type":"ipc"}},{{"type":"uts"}},{{"type":"mount"}},{{"type":"cgroup"}},{{"type":"network"}}],
         "sysctl":{{"net.ipv4.ping_group_range":"0 0"}},
         "resources":{{"devices":[{{"allow":false,"access":"rwm"}}],"pids":{{"limit":100}},"cpu":{{"shares":512}}{resources}}},
@@ -116,14 +117,18 @@ impl Driver {
         }
     }
 
+    fn tree(&self, path: &str) -> String {
+        format!("{}/{path}", self.tree)
+    }
+
     fn rootfs(&self, name: &str) -> Result<Rootfs> {
         for folder in ["upper", "work"] {
             std::fs::create_dir_all(self.trees.join(name).join(folder))?;
         }
         Ok(Rootfs {
-            lower: vec!["empty".into(), "base".into()],
-            upper: format!("{name}/upper"),
-            work: format!("{name}/work"),
+            lower: vec![self.tree("empty"), self.tree("base")],
+            upper: self.tree(&format!("{name}/upper")),
+            work: self.tree(&format!("{name}/work")),
             ..Default::default()
         })
     }
@@ -131,7 +136,7 @@ impl Driver {
     async fn create(&self, name: &str, spec: &str, stdio: Stdio) -> Result<u32, String> {
         let request = CreateContainerRequest {
             container: name.into(),
-            spec: spec.as_bytes().to_vec(),
+            spec: spec.replace("TREE", &self.tree).into_bytes(),
             rootfs: Some(self.rootfs(name).map_err(|e| e.to_string())?).into(),
             stdio: Some(stdio).into(),
             ..Default::default()
@@ -269,7 +274,7 @@ async fn basics(d: &Driver) -> Result<()> {
         ("cat /proc/self/cgroup", "0::/"),
         ("cat /sys/fs/cgroup/pids.max", "100"),
         ("cat /sys/fs/cgroup/cpu.weight", "20"),
-        ("wc -c < /proc/kcore", "0"),
+        ("wc -c < /proc/timer_list", "0"),
         ("cat /proc/sys/net/ipv4/ping_group_range", "0\t0"),
         ("grep NoNewPrivs /proc/self/status", "NoNewPrivs:\t1"),
         ("grep CapEff /proc/self/status", "CapEff:\t00000000000000e1"),
@@ -279,7 +284,7 @@ async fn basics(d: &Driver) -> Result<()> {
             "echo y > /dev/stderr; test -c /dev/null && readlink /dev/fd",
             "/proc/self/fd",
         ),
-        ("ls / | grep -c -E 'mnt|trees'", ""),
+        ("ls / | grep -c -E 'mnt|trees' || true", "0"),
         ("mount | grep -c virtiofs || true", "1"),
         ("ip link show lo | grep -c ,UP || true", "1"),
         (
@@ -294,7 +299,6 @@ async fn basics(d: &Driver) -> Result<()> {
         match d.sh("c1", "e", script).await {
             Ok(got) if got == expected => {}
             Ok(got) => println!("  DIFFERS {script}: {got:?}, expected {expected:?}"),
-            Err(error) if expected.is_empty() => drop(error),
             Err(error) => println!("  FAILS {script}: {error:#}"),
         }
     }
@@ -673,13 +677,13 @@ async fn layers(d: &Driver) -> Result<()> {
         let name = format!("a-long-name-of-a-layer-so-that-a-page-is-too-small-{i}");
         std::fs::create_dir_all(d.trees.join(&name))?;
         std::fs::write(d.trees.join(&name).join(format!("f{i}")), "")?;
-        rootfs.lower.push(name);
+        rootfs.lower.push(d.tree(&name));
     }
-    rootfs.lower.push("base".into());
+    rootfs.lower.push(d.tree("base"));
     let init = process(&["sh", "-c", "ls -d /f* | wc -l"], "");
     let request = CreateContainerRequest {
         container: "many".into(),
-        spec: spec(&init, "", "").into_bytes(),
+        spec: spec(&init, "", "").replace("TREE", &d.tree).into_bytes(),
         rootfs: Some(rootfs).into(),
         stdio: Some(Stdio {
             stdout: true,
@@ -729,6 +733,7 @@ async fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
     let socket = PathBuf::from(args.next().context("VSOCK_SOCKET")?);
     let trees = PathBuf::from(args.next().context("TREES")?);
+    let tree = args.next().context("TREE")?;
     let only = args.next();
     std::fs::create_dir_all(trees.join("empty"))?;
     std::fs::write(trees.join("file"), "bound file\n")?;
@@ -737,6 +742,7 @@ async fn main() -> Result<()> {
     let d = Driver {
         socket,
         trees,
+        tree,
         agent: AgentClient::new(client),
     };
     let d = Arc::new(d);
