@@ -34,6 +34,9 @@ use crate::virtio::{
 /// Offset of `idx` in a used ring (virtio 1.3 section 2.7.8).
 const USED_INDEX: u64 = 2;
 
+/// VIRTIO_F_ACCESS_PLATFORM (virtio 1.3 section 6).
+const F_ACCESS_PLATFORM: u64 = 1 << 33;
+
 /// VIRTQUEUE_MAX_SIZE of the emulator.
 const LARGEST_RING: u16 = 1024;
 
@@ -263,7 +266,9 @@ impl VhostUserBackendReqHandlerMut for Backend {
     }
 
     fn set_features(&mut self, features: u64) -> Result<()> {
-        if features & !self.get_features()? != 0 {
+        // The frontend offers this one itself (`iommu_platform=on`); addresses stay guest-physical.
+        let allowed = self.get_features()? | F_ACCESS_PLATFORM;
+        if features & !allowed != 0 {
             return Err(Error::FeatureMismatch);
         }
         self.features = features & !VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
