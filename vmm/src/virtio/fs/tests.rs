@@ -226,6 +226,30 @@ fn a_reply_that_lies_ends_the_machine() {
 }
 
 #[test]
+fn requests_of_every_length_do_no_harm() {
+    let mut bench = Bench::new(1);
+    let whole = request(GETATTR, 5, &[7; 64]);
+    for len in 0..whole.len() {
+        for room in [0, 1, 15, 16, 64] {
+            let sent = &whole[..len];
+            if len == 0 && room == 0 {
+                continue;
+            }
+            bench.offer(1, 0, sent, room);
+            let (head, written) = bench.used(1);
+            assert_eq!(head, 0);
+            // An answer needs the request's unique number, and room.
+            let expected = if len >= 16 && room >= 16 { 16 } else { 0 };
+            assert_eq!(written, expected, "{len} bytes, room for {room}");
+        }
+    }
+    bench.offer(1, 0, &whole, 64);
+    assert_eq!(take(&bench.servers[0]), whole);
+    answer(&bench.servers[0], &reply(5, b""));
+    assert_eq!(bench.used(1), (0, 16));
+}
+
+#[test]
 fn a_reset_ends_the_threads() {
     let mut bench = Bench::new(4);
     bench.device.reset();
