@@ -705,6 +705,75 @@ async fn layers(d: &Driver) -> Result<()> {
     d.delete("many", "").await
 }
 
+/// A filter works with and without noNewPrivileges, for the init and for execs.
+async fn filter(d: &Driver) -> Result<()> {
+    let profile = r#","seccomp":{"defaultAction":"SCMP_ACT_ALLOW","architectures":["SCMP_ARCH_X86_64","SCMP_ARCH_X86"],
+        "syscalls":[{"names":["mkdir","mkdirat"],"action":"SCMP_ACT_ERRNO","errnoRet":38}]}"#;
+    for (name, new_privileges) in [("f1", "true"), ("f2", "false")] {
+        let process = |args: &[&str]| {
+            process(args, "").replace(
+                r#""noNewPrivileges":true"#,
+                &format!(r#""noNewPrivileges":{new_privileges}"#),
+            )
+        };
+        let spec = spec(&process(&["sleep", "1000"]), "", profile);
+        d.create(name, &spec, Stdio::default())
+            .await
+            .map_err(anyhow::Error::msg)?;
+        d.start(name, "").await.map_err(anyhow::Error::msg)?;
+        let run = process(&["sh", "-c", "mkdir /x; grep ^Seccomp: /proc/1/status"]);
+        let run = d.exec(name, "e", &run, None).await?;
+        let said = String::from_utf8_lossy(&run.stderr).into_owned();
+        ensure!(said.contains("Function not implemented"), "{said:?}");
+        ensure!(run.stdout == b"Seccomp:\t2\n", "{:?}", run.stdout);
+        d.box_down(name).await?;
+    }
+    Ok(())
+}
+
+/// A gigabyte through stdin and stdout, with the agent's memory before and after. Runs only if named.
+async fn gigabyte(d: &Driver) -> Result<()> {
+    d.register(
+        "c1",
+        "gb",
+        &process(&["cat"], ""),
+        Stdio {
+            stdin: true,
+            stdout: true,
+            ..Default::default()
+        },
+    )
+    .await?;
+    let mut out = d.stream("c1", "gb", StreamKind::Stdout).await?;
+    let mut stdin = d.stream("c1", "gb", StreamKind::Stdin).await?;
+    d.start("c1", "gb").await.map_err(anyhow::Error::msg)?;
+    tokio::spawn(async move {
+        let block = vec![7; 1_000_000];
+        for _ in 0..1000 {
+            if stdin.write_all(&block).await.is_err() {
+                return;
+            }
+        }
+        let _ = stdin.shutdown().await;
+    });
+    let mut block = vec![0; 1_000_000];
+    let mut total = 0;
+    loop {
+        let length = out.read(&mut block).await?;
+        ensure!(
+            block.iter().take(length).all(|byte| *byte == 7),
+            "other bytes"
+        );
+        total += length;
+        if length == 0 {
+            break;
+        }
+    }
+    ensure!(total == 1_000_000_000, "{total} bytes");
+    d.wait("c1", "gb").await?;
+    d.delete("c1", "gb").await
+}
+
 /// Looks at the agent itself from a container that shares its pid namespace.
 async fn left(d: &Driver) -> Result<String> {
     let init = process(&["sleep", "1000"], "").replace(
@@ -769,8 +838,12 @@ async fn main() -> Result<()> {
         bulk,
         terminal,
         life,
-        layers
+        layers,
+        filter
     );
+    if only.is_some() {
+        run!(gigabyte);
+    }
     d.box_down("c1").await?;
     println!("after: {}", left(&d).await?);
     d.agent

@@ -224,6 +224,6 @@ mod tests {
 
     #[test]
     fn a_sysctl_cannot_leave_its_folder() {
-        assert_eq!(sysctl_path("net.../../x"), "/proc/sys/net/////////x");
+        assert!(!sysctl_path("net.../../x").contains(".."));
     }
 }
