@@ -166,7 +166,7 @@ fn initramfs_missing(suite: &Suite) -> Outcome {
 }
 
 fn emulator_missing(suite: &Suite) -> Outcome {
-    with_settings(suite, "qemu = \"/no/qemu\"", &["/no/qemu", "No such file"])
+    with_settings(suite, "qemu = \"/no/qemu\"", &["/no/qemu", "not installed"])
 }
 
 fn kvm_without_hardware(suite: &Suite) -> Outcome {

@@ -68,6 +68,7 @@ fn processes_are_listed(suite: &Suite) -> Outcome {
         .busybox()
         .sh("sleep 1000 & sleep 1000 & wait")
         .detach()?;
+    pod.sh("until [ $(pidof sleep | wc -w) = 2 ]; do sleep 0.1; done")?;
     let text = pod.task(&["ps"]).output()?.ok()?.text();
     ensure_eq!("header and three processes", text.lines().count(), 4);
     pod.end()?;

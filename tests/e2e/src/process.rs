@@ -107,7 +107,7 @@ fn terminal_has_the_clients_size(suite: &Suite) -> Outcome {
 
 fn terminal_resize_arrives(suite: &Suite) -> Outcome {
     let script = "trap 'stty size; exit 0' WINCH; echo up; while :; do sleep 0.1; done";
-    let (pod, mut running) = suite
+    let (pod, running) = suite
         .busybox()
         .terminal(20, 60)
         .input(bulkhead_harness::command::Input::Open)
@@ -123,9 +123,7 @@ fn terminal_resize_arrives(suite: &Suite) -> Outcome {
         .output()?
         .ok()?;
     running.wait_for("41 99", suite.scale.seconds(10))?;
-    running.close_stdin();
-    drop(running);
-    pod.kill("SIGKILL")?;
+    running.wait()?.ok()?;
     pod.delete()?;
     Ok(())
 }

@@ -10,6 +10,9 @@ use std::{
 
 use crate::process;
 
+/// Folder of the shims' sockets.
+const SHIMS: &str = "/run/containerd/s";
+
 /// Where to look. Entries that name none of the suite's folders are ignored where others use the host as well.
 #[derive(Clone, Debug)]
 pub struct Scope {
@@ -50,7 +53,7 @@ impl Snapshot {
         }
         let ours = |line: &&str| {
             line.contains(&scope.mark)
-                || (line.contains("bulkhead") && !line.contains("bulkhead-e2e"))
+                || (line.contains("bulkhead") && !line.contains("/bulkhead-"))
         };
         for line in text("/proc/self/mountinfo").lines().filter(ours) {
             // Mount ids are used again; point, type and source say which it is.
@@ -90,6 +93,14 @@ impl Snapshot {
         }
         for (folder, depth) in &scope.folders {
             files(folder, *depth, &mut seen);
+        }
+        // Shims of every containerd have their sockets here; what nobody listens on was left.
+        let listening = text("/proc/net/unix");
+        for name in names(Path::new(SHIMS)) {
+            let path = format!("{SHIMS}/{name}");
+            if !listening.contains(&path) {
+                seen.insert(format!("socket of a dead shim {path}"));
+            }
         }
         Self(seen)
     }

@@ -332,11 +332,7 @@ impl Suite {
     pub fn scope(&self) -> Scope {
         let containerd = self.containerd.borrow();
         let snapshots = "main/io.containerd.snapshotter.v1.overlayfs/snapshots";
-        let mut folders = vec![
-            (self.state(), 2),
-            (PathBuf::from("/run/containerd/s"), 1),
-            (self.data.join(snapshots), 1),
-        ];
+        let mut folders = vec![(self.state(), 2), (self.data.join(snapshots), 1)];
         folders.extend(containerd.iter().map(|c| (c.bundles(&self.namespace), 2)));
         Scope {
             mark: self.mark(),
