@@ -12,10 +12,10 @@ use crate::virtio::VirtioDevice;
 /// makes the emulator end with it. The guest is no wall anyway, so it does without mitigations.
 ///
 /// The emulator does not see what our devices write into guest memory, so it would run the old translation of a page
-/// that a device filled with other code. Pages of programs come by virtio-fs: that device's transfers go through
-/// the guest's bounce buffers (`iommu_platform`, `swiotlb`), and the copy out of them is a write the emulator sees.
+/// that a device filled with other code. `init_on_alloc`: the guest's kernel clears every page before it gives it
+/// to a file's cache, and the emulator drops what it had translated from there.
 const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 reboot=t no_timer_check tsc=reliable \
-                            8250.nr_uarts=1 random.trust_cpu=on swiotlb=8192,force mitigations=off";
+                            8250.nr_uarts=1 random.trust_cpu=on swiotlb=noforce mitigations=off init_on_alloc=1";
 
 /// The emulator's side of one of our devices.
 pub struct Frontend {
@@ -57,9 +57,7 @@ impl Frontend {
             Driver::Block => "vhost-user-blk,num-queues=1",
             Driver::Rng => "vhost-user-rng",
             Driver::Vsock => "vhost-user-vsock-device",
-            Driver::Fs => {
-                "vhost-user-fs-device,num-request-queues=1,queue-size=512,iommu_platform=on"
-            }
+            Driver::Fs => "vhost-user-fs-device,num-request-queues=1,queue-size=512",
         };
         // The tag is a plain word, without a comma: `MachineConfig` checks that.
         let tag = match (self.driver, &config.fs) {
@@ -142,7 +140,7 @@ mod tests {
         assert_eq!(after("-smp"), "2");
         assert_eq!(
             after("-device"),
-            "vhost-user-fs-device,num-request-queues=1,queue-size=512,iommu_platform=on,tag=pod,chardev=vhost0"
+            "vhost-user-fs-device,num-request-queues=1,queue-size=512,tag=pod,chardev=vhost0"
         );
     }
 }
