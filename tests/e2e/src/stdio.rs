@@ -320,6 +320,7 @@ fn client_that_dies_does_not_stop_the_container(suite: &Suite) -> Outcome {
     running.wait_for("up", suite.scale.seconds(30))?;
     running.signal(rustix::process::Signal::KILL);
     drop(running);
+    let pod = pod.without_client();
     std::thread::sleep(suite.scale.seconds(2));
     ensure_eq!(
         "exec",

@@ -196,6 +196,12 @@ impl Pod<'_> {
         &self.name
     }
 
+    /// Its client died: nobody else removes the task.
+    pub fn without_client(mut self) -> Self {
+        self.attached = false;
+        self
+    }
+
     /// An exec, yet to be run.
     pub fn exec(&self, args: &[&str]) -> Exec<'_> {
         Exec {
