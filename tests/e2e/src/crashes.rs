@@ -3,8 +3,7 @@
 use std::time::{Duration, Instant};
 
 use bulkhead_harness::{
-    Engine, Image, Outcome, Suite, Test, ensure, events::Events, failure::Failure, process,
-    runner::MACHINES, test,
+    Engine, Image, Outcome, Suite, Test, ensure, events::Events, process, runner::MACHINES, test,
 };
 use rustix::process::Signal;
 
@@ -89,20 +88,22 @@ fn killed_during_start(suite: &Suite, victim: &str) -> Outcome {
         let run = suite.busybox().args(&["sleep", "1000"]).seconds(30);
         let (pod, mut running) = run.attach()?;
         let end = Instant::now() + suite.scale.seconds(10);
-        let process = loop {
+        let mut seen = None;
+        loop {
+            ensure!(
+                !running.has_ended() && Instant::now() < end,
+                "no {victim}: {}",
+                running.stderr()
+            );
+            // The shim's first process only starts the second one: a victim that is gone was not the one.
             if let Ok(process) = pod.process(victim) {
-                break process;
-            }
-            if running.has_ended() || Instant::now() > end {
-                return Err(Failure::Failed(format!(
-                    "no {victim}: {}",
-                    running.stderr()
-                )));
+                let since = *seen.get_or_insert_with(Instant::now);
+                if since.elapsed().as_millis() >= delay && process.signal(Signal::KILL).is_ok() {
+                    break;
+                }
             }
             std::thread::sleep(Duration::from_millis(2));
-        };
-        std::thread::sleep(Duration::from_millis(delay));
-        process.signal(Signal::KILL)?;
+        }
         let killed = Instant::now();
         let output = running.wait()?;
         ensure!(output.status != 0, "ctr run ended with 0");

@@ -264,16 +264,22 @@ impl Pod<'_> {
         let state = self.suite.state_of(&self.name);
         let shim = format!("-id {} ", self.name);
         let bundle = format!("/{}/{}", self.suite.namespace(), self.name);
-        process::of_pods(&self.suite.mark())
-            .into_iter()
-            .filter(|p| {
-                let line = format!("{} ", p.line);
-                let cwd = std::fs::read_link(format!("/proc/{}/cwd", p.pid)).unwrap_or_default();
-                line.contains(&*state.to_string_lossy())
-                    || line.contains(&shim)
-                    || cwd.to_string_lossy().ends_with(&bundle)
-            })
-            .collect()
+        let all = process::of_pods(&self.suite.mark());
+        let mut mine: Vec<Process> = Vec::new();
+        // Parents come first in most cases, and the emulator is known by its parent.
+        for p in all {
+            let line = format!("{} ", p.line);
+            let cwd = std::fs::read_link(format!("/proc/{}/cwd", p.pid)).unwrap_or_default();
+            let parent = process::parent(p.pid);
+            if line.contains(&*state.to_string_lossy())
+                || line.contains(&shim)
+                || cwd.to_string_lossy().ends_with(&bundle)
+                || mine.iter().any(|m| Some(m.pid) == parent)
+            {
+                mine.push(p);
+            }
+        }
+        mine
     }
 
     /// The pod's process whose executable's name begins with `name`.

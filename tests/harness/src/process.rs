@@ -90,10 +90,32 @@ fn all() -> impl Iterator<Item = Process> {
 
 fn mentions(process: &Process, mark: &str) -> bool {
     let base = Path::new("/proc").join(process.pid.to_string());
-    process.line.contains(mark)
+    if process.line.contains(mark)
         || fs::read_link(base.join("cwd")).is_ok_and(|cwd| cwd.to_string_lossy().contains(mark))
         || fs::read(base.join("environ"))
             .is_ok_and(|env| String::from_utf8_lossy(&env).contains(mark))
+    {
+        return true;
+    }
+    // The emulator inherits all it needs as descriptors. One whose VMM has died is anybody's, so it counts.
+    process.name.starts_with("qemu-system-")
+        && process.line.contains("-machine microvm")
+        && match parent(process.pid) {
+            Some(1) | None => true,
+            Some(parent) => fs::read(format!("/proc/{parent}/cmdline"))
+                .is_ok_and(|line| String::from_utf8_lossy(&line).contains(mark)),
+        }
+}
+
+/// The parent's id.
+pub fn parent(pid: u32) -> Option<u32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit(')')
+        .next()?
+        .split_whitespace()
+        .nth(1)?
+        .parse()
+        .ok()
 }
 
 /// Descriptors of the process that name a memfd.
