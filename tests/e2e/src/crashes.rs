@@ -95,8 +95,10 @@ fn killed_during_start(suite: &Suite, victim: &str) -> Outcome {
                 "no {victim}: {}",
                 running.stderr()
             );
-            // The shim's first process only starts the second one: a victim that is gone was not the one.
-            if let Ok(process) = pod.process(victim) {
+            // The shim's first process, `… start`, only starts the second one and is gone soon.
+            let mut all = pod.processes().into_iter();
+            let found = all.find(|p| p.name.starts_with(victim) && !p.line.ends_with("start "));
+            if let Some(process) = found {
                 let since = *seen.get_or_insert_with(Instant::now);
                 if since.elapsed().as_millis() >= delay && process.signal(Signal::KILL).is_ok() {
                     break;
