@@ -60,8 +60,8 @@ impl Scale {
         bulk: 64 << 20,
         execs: 15,
         execs_at_once: 8,
-        pods: 8,
-        pods_at_once: 4,
+        pods: 5,
+        pods_at_once: 3,
         rounds: 5,
         folders: 20,
     };
@@ -76,6 +76,11 @@ impl Scale {
         } else {
             Self::FULL
         }
+    }
+
+    /// Whether a pod costs little: cases then say again what the next case would show anyway.
+    pub fn pods_are_cheap(&self) -> bool {
+        self.patience == 1
     }
 
     /// `seconds` on a fast host, in this host's measure.
