@@ -18,9 +18,11 @@ pub const SLOW_NS: f64 = 100.0;
 /// Where code is loaded.
 const CODE: u64 = 0x1000;
 /// Turns of the two loops whose difference is measured, so that entry and exit do not count.
-const TURNS: (u16, u16) = (1_000, 21_000);
+const TURNS: (u16, u16) = (1_000, 11_000);
 /// Instructions of a turn.
 const PER_TURN: f64 = 2.0;
+/// How often the longer loop is timed.
+const ROUNDS: u32 = 5;
 /// How long the loops may take.
 const LIMIT: Duration = Duration::from_secs(5);
 
@@ -60,7 +62,7 @@ pub fn instruction_ns() -> Result<f64, Error> {
     thread::spawn(move || sender.send(measure(&kvm)));
     receiver
         .recv_timeout(LIMIT)
-        .map_err(|_| Error::Hangs(u32::from(TURNS.1) * 2))?
+        .map_err(|_| Error::Hangs(u32::from(TURNS.1) * 2 * ROUNDS))?
 }
 
 fn measure(kvm: &Kvm) -> Result<f64, Error> {
@@ -91,7 +93,11 @@ fn measure(kvm: &Kvm) -> Result<f64, Error> {
     vcpu.set_sregs(&sregs).map_err(call("setting registers"))?;
     run(&mut vcpu, &mut page, 1)?; // The first entry maps memory.
     let short = run(&mut vcpu, &mut page, TURNS.0)?;
-    let long = run(&mut vcpu, &mut page, TURNS.1)?;
+    // The best of some: other load on the host must not make it look slow.
+    let mut long = Duration::MAX;
+    for _ in 0..ROUNDS {
+        long = long.min(run(&mut vcpu, &mut page, TURNS.1)?);
+    }
     let turns = f64::from(TURNS.1) - f64::from(TURNS.0);
     let spent = long.saturating_sub(short).as_nanos() as f64;
     drop((vcpu, vm));

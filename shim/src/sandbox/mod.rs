@@ -81,15 +81,6 @@ pub enum Error {
         /// What is wrong with it.
         why: String,
     },
-    /// `/dev/kvm`.
-    #[error("engine \"kvm\": {0}")]
-    Kvm(#[from] check::kvm::Error),
-    /// KVM is there, but no hardware.
-    #[error(
-        "engine \"kvm\": /dev/kvm is without hardware virtualization (a guest instruction takes {0:.0} ns): \
-         no kernel would boot; see `bulkhead check`"
-    )]
-    NoHardware(f64),
     /// A helper does not start.
     #[error("starting {program}: {source}")]
     Spawn {
@@ -421,12 +412,6 @@ fn preflight_blocking(config: &Config) -> Result<(), Error> {
     check::host::check_kernel(&config.kernel).map_err(file("kernel", &config.kernel))?;
     check::host::check_initramfs(&config.initramfs)
         .map_err(file("initramfs", &config.initramfs))?;
-    if config.engine == Engine::Kvm {
-        let ns = check::kvm::instruction_ns()?;
-        if ns >= check::kvm::SLOW_NS {
-            return Err(Error::NoHardware(ns));
-        }
-    }
     Ok(())
 }
 

@@ -70,11 +70,7 @@ impl Error {
             Self::Pod(sandbox::Error::Exists(_)) | Self::Exists(_) => Code::ALREADY_EXISTS,
             Self::Pod(sandbox::Error::Ended(_)) => Code::UNAVAILABLE,
             Self::Pod(sandbox::Error::NotReady { .. }) => Code::DEADLINE_EXCEEDED,
-            Self::Pod(
-                sandbox::Error::File { .. }
-                | sandbox::Error::Kvm(_)
-                | sandbox::Error::NoHardware(_),
-            ) => Code::FAILED_PRECONDITION,
+            Self::Pod(sandbox::Error::File { .. }) => Code::FAILED_PRECONDITION,
             Self::Pod(_) | Self::Encode(_) => Code::INTERNAL,
             Self::NotFound(_) | Self::Finished(_) => Code::NOT_FOUND,
             Self::State { .. } => Code::FAILED_PRECONDITION,
