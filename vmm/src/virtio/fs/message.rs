@@ -18,6 +18,7 @@ pub const OUT_HEADER: usize = 16;
 
 const FORGET: u32 = 2;
 const INTERRUPT: u32 = 36;
+const NOTIFY_REPLY: u32 = 41;
 const BATCH_FORGET: u32 = 42;
 
 /// What a request asks of this device.
@@ -27,8 +28,9 @@ pub enum Kind {
     Answered,
     /// Send it; there is no reply.
     Unanswered,
-    /// Interrupts a request; the one it means is answered soon anyway.
-    Interrupt,
+    /// Not sent: what INTERRUPT means is answered soon anyway, and NOTIFY_REPLY answers what nobody asked. Neither
+    /// has a reply, so to wait for one would hold the thread for good.
+    Dropped,
 }
 
 /// A request whose header was checked.
@@ -52,7 +54,7 @@ impl<'a> Request<'a> {
         let whole = u32::try_from(len).ok() == Some(request.u32_at(0));
         let room = match request.kind() {
             Kind::Answered => chain.writable_len() >= OUT_HEADER,
-            Kind::Unanswered | Kind::Interrupt => true,
+            Kind::Unanswered | Kind::Dropped => true,
         };
         (whole && room && len <= limits::FS_MESSAGE).then_some(request)
     }
@@ -71,7 +73,7 @@ impl<'a> Request<'a> {
     pub fn kind(&self) -> Kind {
         match self.u32_at(4) {
             FORGET | BATCH_FORGET => Kind::Unanswered,
-            INTERRUPT => Kind::Interrupt,
+            INTERRUPT | NOTIFY_REPLY => Kind::Dropped,
             _ => Kind::Answered,
         }
     }

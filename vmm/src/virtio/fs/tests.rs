@@ -168,6 +168,18 @@ fn forgets_are_sent_without_a_reply_and_interrupts_not_at_all() {
 }
 
 #[test]
+fn a_request_that_the_file_server_never_answers_does_not_hold_a_thread() {
+    let mut bench = Bench::new(1);
+    // NOTIFY_REPLY has no reply, whatever room there is for one.
+    bench.offer(1, 0, &request(41, 8, &[0; 40]), 64);
+    assert_eq!(bench.used(1), (0, 0));
+    bench.offer(1, 1, &request(GETATTR, 9, b""), 64);
+    assert_eq!(take(&bench.servers[0])[8], 9);
+    answer(&bench.servers[0], &reply(9, b""));
+    assert_eq!(bench.used(1), (2, 16));
+}
+
+#[test]
 fn malformed_requests_are_answered_without_the_file_server() {
     let mut bench = Bench::new(1);
     let mut lying = request(GETATTR, 5, b"");

@@ -190,7 +190,7 @@ impl Worker {
             return Ok(refuse(chain, &self.queues.memory, libc::EINVAL));
         };
         match request.kind() {
-            Kind::Interrupt => Ok(0),
+            Kind::Dropped => Ok(0),
             Kind::Unanswered => request.send(&self.socket).map(|()| 0),
             Kind::Answered => {
                 request.send(&self.socket)?;
