@@ -1,7 +1,7 @@
 //! The limits table of the VMM: everything a guest can fill has its cap here.
 
-/// Most buffers in one descriptor chain, indirect tables included.
-pub const CHAIN_BUFFERS: usize = 1024;
+/// Most buffers in one descriptor chain, indirect tables included: one less than a system call takes.
+pub const CHAIN_BUFFERS: usize = 1023;
 
 /// Most bytes of `machine.json`.
 pub const CONFIG_BYTES: u64 = 64 << 10;

@@ -11,6 +11,9 @@ use vm_memory::GuestMemoryMmap;
 use crate::limits;
 use crate::virtio::chain::Chain;
 
+/// A header of ours and all buffers of a chain make one message.
+const _: () = assert!(1 + limits::CHAIN_BUFFERS <= libc::UIO_MAXIOV as usize);
+
 /// Bytes of `struct fuse_in_header`.
 pub const IN_HEADER: usize = 40;
 /// Bytes of `struct fuse_out_header`.
@@ -99,8 +102,8 @@ impl<'a> Request<'a> {
         Ok(())
     }
 
-    /// Receives the reply into the chain; gives its length. Errors of kind `InvalidData` are the file
-    /// server's mistakes.
+    /// Receives the reply into the chain; gives its length. Errors of kind `InvalidData` are the file server's
+    /// mistakes. A reply for which the guest left no room is the guest's: it gets EIO.
     pub fn receive(&self, socket: &OwnedFd) -> io::Result<u32> {
         let mut header = [0; OUT_HEADER];
         let mut vectors = vec![libc::iovec {
@@ -115,20 +118,22 @@ impl<'a> Request<'a> {
         let received = retry(|| {
             // SAFETY: the vectors are `header` and guest memory, which `self.memory` keeps mapped; no Rust
             // reference to either is alive during the call.
-            unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, 0) }
+            // MSG_TRUNC: the length of the datagram, also if it is longer than the vectors.
+            unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_TRUNC) }
         })?;
         if received == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         let len = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
-        let whole = message.msg_flags & libc::MSG_TRUNC == 0
-            && received >= OUT_HEADER
-            && u32::try_from(received).ok() == Some(len);
+        let whole = received >= OUT_HEADER && u32::try_from(received).ok() == Some(len);
         if !whole || header[8..16] != *self.unique() {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidData,
                 "malformed FUSE reply",
             ));
+        }
+        if message.msg_flags & libc::MSG_TRUNC != 0 {
+            return Ok(refuse(self.chain, self.memory, libc::EIO));
         }
         self.chain.writer(self.memory).write_all(&header)?;
         Ok(len)

@@ -180,6 +180,31 @@ fn a_request_that_the_file_server_never_answers_does_not_hold_a_thread() {
 }
 
 #[test]
+fn a_reply_that_the_guest_left_no_room_for_is_the_guests_error() {
+    let mut bench = Bench::new(1);
+    for room in [16, 79] {
+        bench.offer(1, 0, &request(GETATTR, 5, b""), room);
+        take(&bench.servers[0]);
+        answer(&bench.servers[0], &reply(5, &[0; 64]));
+        assert_eq!(bench.used(1), (0, 16));
+        assert_eq!(bench.error_of(0), -libc::EIO);
+    }
+    assert!(bench.ends.try_recv().is_err());
+}
+
+#[test]
+fn a_request_too_large_for_the_socket_fails_alone() {
+    let mut bench = Bench::new(1);
+    set_socket_send_buffer_size(&*bench.device.sockets[0], 4096).unwrap();
+    bench.offer(1, 0, &request(16, 5, &[0; 64 << 10]), 64);
+    assert_eq!(bench.used(1), (0, 16));
+    assert_eq!(bench.error_of(0), -libc::ENOMEM);
+    bench.offer(0, 0, &request(42, 5, &[0; 64 << 10]), 0);
+    assert_eq!(bench.used(0), (0, 0));
+    assert!(bench.ends.try_recv().is_err());
+}
+
+#[test]
 fn malformed_requests_are_answered_without_the_file_server() {
     let mut bench = Bench::new(1);
     let mut lying = request(GETATTR, 5, b"");
@@ -223,7 +248,7 @@ fn a_reply_that_lies_ends_the_machine() {
     let lies: [Vec<u8>; 4] = [
         reply(6, b""),
         vec![0; 8],
-        reply(5, &[0; 64]),
+        reply(6, &[0; 64]),
         [reply(5, b""), vec![0]].concat(),
     ];
     for lie in lies {

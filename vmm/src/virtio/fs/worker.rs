@@ -191,11 +191,26 @@ impl Worker {
         };
         match request.kind() {
             Kind::Dropped => Ok(0),
-            Kind::Unanswered => request.send(&self.socket).map(|()| 0),
-            Kind::Answered => {
-                request.send(&self.socket)?;
-                request.receive(&self.socket)
-            }
+            Kind::Unanswered => match request.send(&self.socket) {
+                Err(error) if !is_short_of_memory(&error) => Err(error),
+                _ => Ok(0),
+            },
+            Kind::Answered => match request.send(&self.socket) {
+                Ok(()) => request.receive(&self.socket),
+                Err(error) if is_short_of_memory(&error) => {
+                    Ok(refuse(chain, &self.queues.memory, libc::ENOMEM))
+                }
+                Err(error) => Err(error),
+            },
         }
     }
+}
+
+/// The request did not leave: the kernel has no memory for so large a datagram, or the socket's buffer is too small.
+/// The file server lives.
+fn is_short_of_memory(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EMSGSIZE | libc::ENOBUFS | libc::ENOMEM)
+    )
 }
