@@ -8,6 +8,7 @@ pub mod engine;
 pub mod fs;
 pub mod i8042;
 pub mod limits;
+pub mod log;
 pub mod machine;
 pub mod serial;
 pub mod virtio;

@@ -108,5 +108,5 @@ pub const FS_COPY: usize = 64 << 20;
 /// Lines in the log about malformed messages before they are only answered.
 pub const FS_WARNINGS: u32 = 32;
 
-/// Bytes of the VMM's log.
+/// Bytes of the log of the VMM, and of that of the file server.
 pub const LOG_BYTES: usize = 1 << 20;

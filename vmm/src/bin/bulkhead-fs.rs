@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use bulkhead_vmm::fs;
+use bulkhead_vmm::{fs, log};
 use clap::Parser;
 
 /// Serves host folders to a guest by FUSE messages over sockets.
@@ -22,7 +22,7 @@ struct Arguments {
 
 fn main() -> ExitCode {
     tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
+        .with_writer(log::stderr)
         .with_ansi(false)
         .with_target(false)
         .init();

@@ -1,14 +1,12 @@
 //! `bulkhead-vmm`: one machine, started and asked by the shim.
 
-use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use bulkhead_vmm::config::MachineConfig;
 use bulkhead_vmm::control::Control;
-use bulkhead_vmm::limits;
+use bulkhead_vmm::log;
 use bulkhead_vmm::machine::builder;
 use bulkhead_vmm::machine::end::{End, EndReason, EndSender, end_channel};
 use bulkhead_vmm::serial::ConsoleRing;
@@ -110,24 +108,6 @@ fn log_to_stderr() {
         .with_env_filter(filter)
         .with_ansi(false)
         .with_target(false)
-        .with_writer(|| CappedStderr)
+        .with_writer(log::stderr)
         .init();
-}
-
-/// The log is a file in the state folder; a guest that causes warnings must not fill the disk.
-struct CappedStderr;
-
-static LOGGED: AtomicUsize = AtomicUsize::new(0);
-
-impl Write for CappedStderr {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if LOGGED.fetch_add(bytes.len(), Ordering::Relaxed) < limits::LOG_BYTES {
-            io::stderr().write_all(bytes)?;
-        }
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
 }
