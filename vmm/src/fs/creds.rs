@@ -9,6 +9,7 @@ use rustix::io::Errno;
 use rustix::process::umask;
 use rustix::thread::{
     CapabilitySet, CapabilitySets, capabilities, set_capabilities, set_no_new_privs,
+    set_thread_groups,
 };
 
 use super::request::Caller;
@@ -27,9 +28,11 @@ const NEEDED: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::SETFCAP)
     .union(CapabilitySet::SYS_ADMIN);
 
-/// Gives up every other capability, for this thread and those it starts later.
+/// Gives up every other capability and all supplementary groups, for this thread and those it starts later. With root's
+/// groups a caller would be a member of theirs: set-group-id bits would stay that must go (CVE-2022-0358).
 pub fn drop_unneeded() -> Result<(), Errno> {
     set_no_new_privs(true)?;
+    set_thread_groups(&[])?;
     let mut sets = capabilities(None)?;
     sets.effective &= NEEDED;
     sets.permitted &= NEEDED;
@@ -109,5 +112,27 @@ impl Drop for Restore {
         if !sys::set_fsuid(0) || !sys::set_fsgid(0) {
             std::process::abort();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::process::{Gid, geteuid, getgroups};
+    use rustix::thread::set_thread_groups;
+
+    use super::*;
+
+    #[test]
+    fn a_worker_is_in_no_group_but_its_callers() {
+        if !geteuid().is_root() {
+            return eprintln!("skipped: needs root");
+        }
+        // Credentials belong to the thread.
+        let groups = std::thread::spawn(|| {
+            set_thread_groups(&[Gid::ROOT, Gid::from_raw(4242)]).unwrap();
+            drop_unneeded().unwrap();
+            getgroups().unwrap()
+        });
+        assert_eq!(groups.join().unwrap(), []);
     }
 }
