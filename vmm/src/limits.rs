@@ -51,6 +51,9 @@ pub const RNG_BYTES_PER_SECOND: usize = 1 << 20;
 /// Most vsock connections of a guest at once, those that still drain included.
 pub const VSOCK_CONNECTIONS: usize = 4096;
 
+/// Most of them that the guest asked for: each can hold a buffer, and none but the agent's call is expected.
+pub const VSOCK_GUEST_CONNECTIONS: usize = 64;
+
 /// Buffer of one vsock connection towards the host: the credit that a guest gets.
 pub const VSOCK_BUFFER: usize = 256 << 10;
 

@@ -38,7 +38,8 @@
 //!
 //! Towards the guest nothing is buffered: bytes stay in the host's socket until there is credit and a receive buffer. Towards
 //! the host, what the socket does not take waits in a buffer of [`limits::VSOCK_BUFFER`] bytes; then credit
-//! stops the guest. So a stuck reader stops its own connection and no other.
+//! stops the guest. So a stuck reader stops its own connection and no other. The guest itself may ask for
+//! [`limits::VSOCK_GUEST_CONNECTIONS`]: otherwise it could fill as many buffers as a host's listener has room for.
 
 mod client;
 mod connection;

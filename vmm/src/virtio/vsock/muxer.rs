@@ -55,6 +55,8 @@ pub struct Muxer {
     next_host_port: u32,
     clients: HashMap<u64, Client>,
     connections: HashMap<u64, Watched>,
+    /// How many of them the guest asked for.
+    from_guest: usize,
     /// Connections that the guest knows, by name.
     names: HashMap<Ports, u64>,
     /// Connections that may have a packet for the guest, in turn.
@@ -73,6 +75,7 @@ pub struct Outgoing {
 
 struct Watched {
     connection: Connection,
+    from_guest: bool,
     /// Is in `ready`.
     queued: bool,
     /// The epoll instance reports room for writing.
@@ -110,6 +113,7 @@ impl Muxer {
             next_host_port: FIRST_HOST_PORT,
             clients: HashMap::new(),
             connections: HashMap::new(),
+            from_guest: 0,
             names: HashMap::new(),
             ready: VecDeque::new(),
             resets: VecDeque::new(),
@@ -125,6 +129,7 @@ impl Muxer {
     /// Drops all connections: the driver was reset.
     pub fn reset(&mut self) {
         self.connections.clear();
+        self.from_guest = 0;
         self.names.clear();
         self.ready.clear();
         self.resets.clear();
@@ -254,8 +259,7 @@ impl Muxer {
             return;
         };
         if watched.connection.is_done() {
-            self.connections.remove(&token);
-            return;
+            return self.remove(token);
         }
         let waits = watched.connection.waits_for_host();
         if waits != watched.watches_writable {
@@ -275,9 +279,19 @@ impl Muxer {
     /// Ends a connection at once, on both sides.
     fn abort(&mut self, ports: Ports) {
         if let Some(token) = self.names.remove(&ports) {
-            self.connections.remove(&token);
+            self.remove(token);
         }
         self.reset_ports(ports);
+    }
+
+    fn remove(&mut self, token: u64) {
+        if self
+            .connections
+            .remove(&token)
+            .is_some_and(|gone| gone.from_guest)
+        {
+            self.from_guest = self.from_guest.saturating_sub(1);
+        }
     }
 
     fn reset_ports(&mut self, ports: Ports) {
@@ -289,7 +303,9 @@ impl Muxer {
     /// The guest asks for a connection to a port of the host.
     fn connect_host(&mut self, request: &Packet) {
         let ports = request.ports;
-        if self.connections.len() >= limits::VSOCK_CONNECTIONS {
+        if self.connections.len() >= limits::VSOCK_CONNECTIONS
+            || self.from_guest >= limits::VSOCK_GUEST_CONNECTIONS
+        {
             tracing::debug!(?ports, "refused a vsock connection: too many");
             return self.reset_ports(ports);
         }
@@ -307,6 +323,7 @@ impl Muxer {
         }
     }
 
+    /// A connection that the guest asked for.
     fn add(&mut self, connection: Connection) {
         let token = self.new_token();
         let ports = connection.ports();
@@ -315,13 +332,15 @@ impl Muxer {
         if self.epoll.ctl(ControlOperation::Add, fd, event).is_err() {
             return self.reset_ports(ports);
         }
-        self.insert(token, connection);
+        self.from_guest += 1;
+        self.insert(token, connection, true);
     }
 
-    fn insert(&mut self, token: u64, connection: Connection) {
+    fn insert(&mut self, token: u64, connection: Connection, from_guest: bool) {
         self.names.insert(connection.ports(), token);
         let watched = Watched {
             connection,
+            from_guest,
             queued: false,
             watches_writable: false,
         };
@@ -384,7 +403,7 @@ impl Muxer {
             .ctl(ControlOperation::Modify, client.stream.as_raw_fd(), event)
             .is_ok()
         {
-            self.insert(token, Connection::requested(client.stream, ports));
+            self.insert(token, Connection::requested(client.stream, ports), false);
         }
     }
 
