@@ -12,8 +12,8 @@ use serde::Serialize;
 
 use crate::config::EngineKind;
 use crate::engine::emulated::Emulator;
-use crate::engine::kvm::KvmEngine;
 use crate::engine::kvm::exits::ExitCounts;
+use crate::engine::kvm::{KvmEngine, NotStopping};
 use crate::limits;
 use crate::serial::ConsoleRing;
 use crate::virtio::block::{BlockError, Slot};
@@ -35,6 +35,9 @@ pub enum MachineError {
     /// The slot refused the file.
     #[error(transparent)]
     Block(#[from] BlockError),
+    /// The machine is as before.
+    #[error(transparent)]
+    NotStopping(#[from] NotStopping),
     /// The emulator could not be signalled.
     #[error("cannot signal the emulator")]
     Emulator(#[source] std::io::Error),
@@ -105,7 +108,7 @@ impl Machine {
     pub fn pause(&self) -> Result<(), MachineError> {
         let mut paused = self.paused.lock().unwrap_or_else(PoisonError::into_inner);
         match &self.engine {
-            Engine::Kvm(engine) => engine.pause(),
+            Engine::Kvm(engine) => engine.pause()?,
             Engine::Emulated(emulator) => emulator.pause().map_err(MachineError::Emulator)?,
         }
         *paused = true;

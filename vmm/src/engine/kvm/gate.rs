@@ -8,6 +8,7 @@ use std::cell::Cell;
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::Duration;
 
 use kvm_bindings::kvm_run;
 use kvm_ioctls::VcpuFd;
@@ -56,15 +57,15 @@ impl Gate {
         *parked -= 1;
     }
 
-    /// Returns once `count` vCPUs wait before the gate.
-    pub fn wait_parked(&self, count: usize) {
-        let mut parked = self.parked.lock().unwrap_or_else(PoisonError::into_inner);
-        while *parked < count && self.is_closed() {
-            parked = self
-                .changed
-                .wait(parked)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
+    /// Returns once `count` vCPUs wait before the gate; `false` if they do not within `limit`.
+    pub fn wait_parked(&self, count: usize, limit: Duration) -> bool {
+        let parked = self.parked.lock().unwrap_or_else(PoisonError::into_inner);
+        let waits = |parked: &mut usize| *parked < count && self.is_closed();
+        let (_parked, waited) = self
+            .changed
+            .wait_timeout_while(parked, limit, waits)
+            .unwrap_or_else(PoisonError::into_inner);
+        !waited.timed_out()
     }
 }
 
@@ -124,7 +125,9 @@ mod tests {
                 std::thread::spawn(move || gate.pass())
             })
             .collect();
-        gate.wait_parked(3);
+        assert!(gate.wait_parked(3, Duration::from_secs(10)));
+        // A vCPU that does not come holds nobody up.
+        assert!(!gate.wait_parked(4, Duration::from_millis(10)));
         assert!(threads.iter().all(|thread| !thread.is_finished()));
         gate.open();
         for thread in threads {

@@ -34,6 +34,7 @@ use crate::arch::x86_64::{boot_params, cmdline, cpuid, images, layout, mp_table,
 use crate::bus::{Bus, BusError};
 use crate::config::MachineConfig;
 use crate::i8042::I8042;
+use crate::limits;
 use crate::machine::end::EndSender;
 use crate::serial::{ConsoleRing, SerialPort};
 use crate::virtio::transport::mmio::MmioTransport;
@@ -106,6 +107,11 @@ pub enum KvmError {
     },
 }
 
+/// A vCPU waits for a device, which the guest can bring about.
+#[derive(Debug, thiserror::Error)]
+#[error("a vCPU does not stop: it waits for a device")]
+pub struct NotStopping;
+
 fn kvm_error(step: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> KvmError {
     move |source| KvmError::Kvm { step, source }
 }
@@ -162,11 +168,16 @@ impl KvmEngine {
         })
     }
 
-    /// Stops all vCPUs; returns when none is in the guest.
-    pub fn pause(&self) {
+    /// Stops all vCPUs; returns when none is in the guest. If one does not stop in time, all go on.
+    pub fn pause(&self) -> Result<(), NotStopping> {
         self.shared.gate.close();
         self.threads.iter().for_each(vcpu::kick);
-        self.shared.gate.wait_parked(self.threads.len());
+        let count = self.threads.len();
+        if self.shared.gate.wait_parked(count, limits::PAUSE_TIMEOUT) {
+            return Ok(());
+        }
+        self.shared.gate.open();
+        Err(NotStopping)
     }
 
     /// Lets all vCPUs go on.

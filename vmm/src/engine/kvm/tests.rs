@@ -187,7 +187,7 @@ fn a_paused_machine_stands_still_until_it_is_resumed() {
         return;
     };
     let total = || guest.exits.by_name()["port_write"];
-    guest.engine.pause();
+    guest.engine.pause().unwrap();
     let before = total();
     std::thread::sleep(Duration::from_millis(50));
     assert_eq!(total(), before);
@@ -197,7 +197,7 @@ fn a_paused_machine_stands_still_until_it_is_resumed() {
         assert!(std::time::Instant::now() < deadline);
         std::thread::yield_now();
     }
-    guest.engine.pause();
+    guest.engine.pause().unwrap();
 }
 
 struct Idle;
