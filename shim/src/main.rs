@@ -31,6 +31,8 @@ use ttrpc::r#async::{Server, transport::Listener};
 
 /// The name containerd knows the runtime by.
 const RUNTIME: &str = "io.containerd.bulkhead.v1";
+/// A shim without a pod ends after this: containerd asks for the first container at once.
+const UNUSED_LIMIT: Duration = Duration::from_secs(60);
 
 fn main() -> ExitCode {
     match run() {
@@ -126,6 +128,7 @@ async fn serve_on(args: &Args, config: Config, listener: UnixListener) -> anyhow
     let mut interrupt = signal(SignalKind::interrupt())?;
     tokio::select! {
         () = shutdown.notified() => {}
+        () = service.unused(UNUSED_LIMIT) => tracing::warn!("no pod: nobody needs this shim"),
         _ = terminate.recv() => tracing::info!("SIGTERM: the pod ends"),
         _ = interrupt.recv() => tracing::info!("SIGINT: the pod ends"),
     }

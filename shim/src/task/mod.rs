@@ -120,6 +120,17 @@ impl Service {
             pod.stop().await;
         }
     }
+
+    /// Answers once nothing was here for `limit`: containerd gave up between `start` and `Create`, or never came back.
+    pub async fn unused(&self, limit: Duration) {
+        loop {
+            tokio::time::sleep(limit).await;
+            let state = self.0.state();
+            if state.pod.is_none() && state.containers.is_empty() && state.creating.is_empty() {
+                return;
+            }
+        }
+    }
 }
 
 impl Shared {
