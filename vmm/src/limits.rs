@@ -42,6 +42,9 @@ pub const CONTROL_CONNECTIONS: usize = 8;
 /// Warnings about one device's registers before it is only counted.
 pub const REGISTER_WARNINGS: u32 = 8;
 
+/// Requests that a device serves before it looks whether it is to stop: a guest can refill a queue for ever.
+pub const REQUESTS_AT_ONCE: usize = 16;
+
 /// Largest data of one block request.
 pub const BLOCK_REQUEST_BYTES: usize = 4 << 20;
 

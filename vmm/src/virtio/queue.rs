@@ -65,6 +65,12 @@ impl VirtQueue {
         &self.kick
     }
 
+    /// Signals the kick: there may be more, and the device's thread has other events to look at first.
+    pub fn serve_again(&self) {
+        // Fails only when the counter is full: then it is signalled already.
+        let _ = self.kick.write(1);
+    }
+
     /// The memory that the chains of this queue point into.
     pub fn memory(&self) -> &SharedMemory {
         &self.memory

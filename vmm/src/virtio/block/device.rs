@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::{Slot, request};
+use crate::limits;
 use crate::virtio::queue::{QueueError, VirtQueue};
 use crate::virtio::worker::Worker;
 use crate::virtio::{ActivateError, Activation, VirtioDevice};
@@ -99,12 +100,18 @@ impl VirtioDevice for Block {
 
 fn serve(queue: &mut VirtQueue, slot: &Slot) -> Result<(), QueueError> {
     let memory = queue.memory().clone();
+    let mut done = 0;
     loop {
         queue.disable_kicks()?;
         while let Some(chain) = queue.pop()? {
             let written = request::serve(&chain, &memory, slot);
             queue.push(chain, written)?;
             queue.notify()?;
+            done += 1;
+            if done == limits::REQUESTS_AT_ONCE {
+                queue.serve_again();
+                return Ok(());
+            }
         }
         if !queue.enable_kicks()? {
             return Ok(());
