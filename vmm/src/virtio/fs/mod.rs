@@ -71,6 +71,7 @@ pub struct Fs {
 
 struct Running {
     stop: EventFd,
+    queues: Arc<Queues>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -160,6 +161,7 @@ impl VirtioDevice for Fs {
         // Threads that did start end with `running`, whatever happens to the others.
         let running = self.running.insert(Running {
             stop,
+            queues: shared.clone(),
             threads: Vec::new(),
         });
         for (index, socket) in self.sockets.iter().enumerate() {
@@ -182,6 +184,7 @@ impl VirtioDevice for Fs {
         let Some(running) = self.running.take() else {
             return;
         };
+        running.queues.stop_taking();
         if let Err(error) = running.stop.write(1) {
             tracing::error!(%error, "cannot stop the fs device");
             return;

@@ -294,6 +294,23 @@ fn a_reset_ends_the_threads() {
 }
 
 #[test]
+fn a_reset_leaves_requests_that_were_not_taken() {
+    let mut bench = Bench::new(1);
+    bench.offer(1, 0, &request(GETATTR, 1, b""), 64);
+    bench.offer(1, 1, &request(GETATTR, 2, b""), 64);
+    assert_eq!(take(&bench.servers[0])[8], 1);
+    let mut device = bench.device;
+    let reset = std::thread::spawn(move || device.reset());
+    std::thread::sleep(Duration::from_millis(100));
+    answer(&bench.servers[0], &reply(1, b""));
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while !reset.is_finished() {
+        assert!(Instant::now() < deadline, "it waits for the second");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
 fn the_configuration_space_holds_tag_and_queues() -> io::Result<()> {
     let bench = Bench::new(1);
     let mut config = [0; 44];

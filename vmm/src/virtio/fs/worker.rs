@@ -4,6 +4,7 @@
 use std::fmt::Display;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -25,6 +26,7 @@ pub struct Queues {
     memory: SharedMemory,
     epoll: Epoll,
     _stop: EventFd,
+    stopping: AtomicBool,
 }
 
 enum Next {
@@ -67,7 +69,13 @@ impl Queues {
             memory,
             epoll,
             _stop: stop,
+            stopping: AtomicBool::new(false),
         })
+    }
+
+    /// No further request is taken, however many there are.
+    pub fn stop_taking(&self) {
+        self.stopping.store(true, Ordering::SeqCst);
     }
 
     fn lock(&self, index: usize) -> MutexGuard<'_, Option<VirtQueue>> {
@@ -116,6 +124,9 @@ impl Queues {
     fn next(&self) -> Next {
         let mut events = [EpollEvent::default(); 3];
         loop {
+            if self.stopping.load(Ordering::SeqCst) {
+                return Next::Stop;
+            }
             if let Some(next) = self.pop() {
                 return next;
             }
