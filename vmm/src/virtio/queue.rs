@@ -159,7 +159,8 @@ impl VirtQueue {
             .map_err(|source| QueueError::Ring { index, source })
     }
 
-    /// Where the driver will put the next available chain: what vhost-user's GET_VRING_BASE answers.
+    /// Where the driver will put the next available chain.
+    #[cfg(test)]
     pub fn next_avail(&self) -> u16 {
         self.queue.next_avail()
     }

@@ -125,6 +125,7 @@ fn message(vectors: &mut [libc::iovec]) -> libc::msghdr {
     message
 }
 
+#[cfg(test)]
 impl Source for &[u8] {
     fn remaining(&self) -> usize {
         self.len()
