@@ -28,6 +28,8 @@ const STDIN_LINGER: Duration = Duration::from_secs(1);
 /// After a process has ended, how long its outputs may stay silent before they are cut off (a background child may
 /// hold them open, or nobody reads).
 const DRAIN_SILENCE: Duration = Duration::from_secs(2);
+/// And how long in all: what the process itself wrote fits in the buffers on the way, so more is a child's.
+const DRAIN_LIMIT: Duration = Duration::from_secs(20);
 
 /// Why a stream cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -168,12 +170,17 @@ impl Pumps {
         }
     }
 
-    /// Waits until everything was delivered, or nothing moves any more.
+    /// Waits until everything was delivered, nothing moves any more, or a process left behind writes on and on.
     pub async fn drain(mut self) {
         self.drop_stdin();
+        let end = Instant::now();
         let mut last = (self.progress.load(Ordering::Relaxed), Instant::now());
         while self.outputs.iter().any(|task| !task.is_finished()) {
             let now = self.progress.load(Ordering::Relaxed);
+            if end.elapsed() > DRAIN_LIMIT {
+                tracing::warn!("outputs still grow long after the process's end: cut off");
+                return;
+            }
             if now != last.0 {
                 last = (now, Instant::now());
             } else if last.1.elapsed() > DRAIN_SILENCE {

@@ -2,7 +2,14 @@
 
 use ttrpc::Code;
 
-use crate::{mounts, sandbox, spec, stdio};
+use crate::{
+    mounts,
+    sandbox::{self, machine::printable},
+    spec, stdio,
+};
+
+/// Longest text of the agent's that is passed on, in bytes.
+const AGENT_TEXT_MAX: usize = 2000;
 
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
@@ -83,8 +90,11 @@ impl Error {
 impl From<Error> for ttrpc::Error {
     fn from(error: Error) -> Self {
         match error {
-            // The agent's own statuses are typed and name the field: they pass as they are.
-            Error::Agent(Self::RpcStatus(status)) => Self::RpcStatus(status),
+            // The agent's own statuses are typed and name the field: they pass, but as what a guest says.
+            Error::Agent(Self::RpcStatus(status)) => ttrpc::error::get_rpc_status(
+                status.code(),
+                printable(&status.message, AGENT_TEXT_MAX),
+            ),
             error => ttrpc::error::get_rpc_status(error.code(), error),
         }
     }
@@ -115,6 +125,15 @@ mod tests {
         assert_eq!(text, "process.args: is empty");
         let (code, _) = status(Error::NotFound("container a".into()));
         assert_eq!(code, Code::NOT_FOUND);
+    }
+
+    #[test]
+    fn what_the_agent_says_is_cut_and_has_no_control_characters() {
+        let text = format!("{}\u{1b}[2Jprocess.args: is empty", "x".repeat(1 << 20));
+        let said = ttrpc::error::get_rpc_status(Code::INVALID_ARGUMENT, text);
+        let (code, text) = status(Error::Agent(said));
+        assert_eq!(code, Code::INVALID_ARGUMENT);
+        assert!(text.len() <= AGENT_TEXT_MAX && text.ends_with("?[2Jprocess.args: is empty"));
     }
 
     #[test]
