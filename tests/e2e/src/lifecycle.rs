@@ -57,6 +57,8 @@ fn list_shows_the_state(suite: &Suite) -> Outcome {
     let (pid, status) = pod.status()?.unwrap_or_default();
     ensure_eq!("status", status, "RUNNING");
     ensure!(pid > 0, "pid is {pid}");
+    // Without its handler yet, PID 1 would not hear the signal.
+    pod.sh("until pidof sleep; do sleep 0.1; done")?;
     pod.kill("SIGTERM")?.ok()?;
     pod.wait_status("STOPPED", suite.scale.seconds(10))?;
     ensure_eq!("exit status of the task", pod.delete()?, 7);
