@@ -72,10 +72,19 @@ enum Sink {
     File(tokio::fs::File),
 }
 
-/// A fifo to read, and our own writer that keeps it from ending before CloseIO.
-struct Stdin {
-    fifo: pipe::Receiver,
-    keep: pipe::Sender,
+/// A fifo to read. It is opened when the process starts, not before: a client sends CloseIO at the end of its input only
+/// once it knows the process, and until the fifo is open its first write, and so that end, wait (containerd issue 4489).
+struct Stdin(PathBuf);
+
+impl Stdin {
+    /// The fifo, and our own writer that keeps it from ending before CloseIO.
+    fn open(&self) -> io::Result<(pipe::Receiver, pipe::Sender)> {
+        let options = pipe::OpenOptions::new();
+        Ok((
+            options.open_receiver(&self.0)?,
+            options.open_sender(&self.0)?,
+        ))
+    }
 }
 
 /// The host's ends of a process's streams, open.
@@ -138,7 +147,9 @@ impl Io {
         if let Some(stdin) = self.stdin {
             let stream = connect(StreamKind::Stdin).await?;
             let close = pumps.close.clone();
+            let begin = pumps.begin.clone();
             pumps.stdin = Some(tokio::spawn(async move {
+                begin.notified().await;
                 if let Err(error) = pump_stdin(stdin, stream, &close).await {
                     tracing::debug!(%error, "stdin ended early");
                 }
@@ -152,6 +163,7 @@ impl Io {
 #[derive(Default)]
 pub struct Pumps {
     stdin: Option<JoinHandle<()>>,
+    begin: Arc<Notify>,
     close: Arc<Notify>,
     outputs: Vec<JoinHandle<()>>,
     progress: Arc<AtomicU64>,
@@ -161,6 +173,11 @@ impl Pumps {
     /// A handle that ends stdin when notified.
     pub fn closer(&self) -> Arc<Notify> {
         self.close.clone()
+    }
+
+    /// Opens stdin: the process is about to start.
+    pub fn begin_stdin(&self) {
+        self.begin.notify_one();
     }
 
     /// Ends stdin at once: the process is gone.
@@ -243,11 +260,11 @@ fn open_stdin(uri: &str) -> Result<Option<Stdin>, Error> {
         path: path.clone(),
         source,
     };
-    let fifo = pipe::OpenOptions::new()
-        .open_receiver(&path)
-        .map_err(open)?;
-    let keep = pipe::OpenOptions::new().open_sender(&path).map_err(open)?;
-    Ok(Some(Stdin { fifo, keep }))
+    let kind = fs::metadata(&path).map_err(open)?.file_type();
+    if !kind.is_fifo() {
+        return Err(open(io::Error::other("is no fifo")));
+    }
+    Ok(Some(Stdin(path)))
 }
 
 fn path_of(stream: &'static str, uri: &str) -> Result<PathBuf, Error> {
@@ -294,7 +311,7 @@ async fn pump_stdin(
     mut to: impl AsyncWrite + Unpin,
     close: &Notify,
 ) -> io::Result<()> {
-    let Stdin { mut fifo, keep } = stdin;
+    let (mut fifo, keep) = stdin.open()?;
     let mut keep = Some(keep);
     let mut buffer = vec![0; STREAM_BUFFER];
     let mut silence_ends = Instant::now();

@@ -32,6 +32,9 @@ async fn started(paths: &Paths, buffer: usize) -> (Pumps, Vec<DuplexStream>) {
         })
         .await
         .unwrap();
+    pumps.begin_stdin();
+    // Opens the fifo before a test opens its end, which would block this one thread.
+    sleep(Duration::from_millis(20)).await;
     (pumps, peers.into_inner())
 }
 

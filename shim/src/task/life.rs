@@ -40,6 +40,7 @@ impl Shared {
                 phase: phase_name(&process.phase()),
             });
         }
+        process.begin_stdin();
         if let Err(error) = self.start_in_guest(&container, exec_id).await {
             // Never started, so no event; but who waits gets an answer.
             process.stop(killed(NOT_STARTED));

@@ -212,18 +212,20 @@ impl Shared {
 
     async fn pids(&self, id: &str) -> Result<PidsResponse, Error> {
         let container = self.container(id)?;
-        let request = container.container_request();
-        let result = container
-            .pod
-            .agent()?
-            .list_pids(deadline(CALL), &request)
-            .await;
-        let pids = answer(&container.pod, result).await?;
+        let pids = if matches!(container.init.phase(), Phase::Stopped(_)) {
+            // The task's own: containerd 1.7 takes a shim without pids for a leaked one when it restarts, and the exit
+            // status would be lost.
+            vec![container.pod.pid()]
+        } else {
+            let request = container.container_request();
+            let agent = container.pod.agent()?;
+            let result = agent.list_pids(deadline(CALL), &request).await;
+            answer(&container.pod, result).await?.pids
+        };
         let mut response = PidsResponse::new();
         response.processes = pids
-            .pids
-            .iter()
-            .map(|&pid| {
+            .into_iter()
+            .map(|pid| {
                 let mut info = ProcessInfo::new();
                 info.pid = pid;
                 info

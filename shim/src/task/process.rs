@@ -134,6 +134,13 @@ impl Process {
         *self.pumps() = Some(pumps);
     }
 
+    /// Opens its stdin.
+    pub fn begin_stdin(&self) {
+        if let Some(pumps) = self.pumps().as_ref() {
+            pumps.begin_stdin();
+        }
+    }
+
     /// What ends its stdin.
     pub fn stdin_closer(&self) -> Option<Arc<Notify>> {
         self.pumps().as_ref().map(Pumps::closer)
