@@ -9,6 +9,7 @@ pub mod check;
 pub mod config;
 pub mod delete;
 pub mod events;
+pub mod features;
 pub mod logging;
 pub mod mounts;
 pub mod sandbox;

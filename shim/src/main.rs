@@ -2,7 +2,7 @@
 
 use std::{
     env,
-    io::{Write, stdout},
+    io::{IsTerminal, Read, Write, stdin, stdout},
     path::Path,
     process::ExitCode,
     sync::Arc,
@@ -16,11 +16,11 @@ use bulkhead_shim::{
     config::Config,
     delete,
     events::{Publisher, Route},
+    features::{self, RUNTIME},
     logging,
     task::Service,
 };
-use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
-use protobuf::{Message, MessageField};
+use protobuf::Message;
 use tokio::{
     net::UnixListener,
     signal::unix::{SignalKind, signal},
@@ -29,10 +29,10 @@ use tokio::{
 };
 use ttrpc::r#async::{Server, transport::Listener};
 
-/// The name containerd knows the runtime by.
-const RUNTIME: &str = "io.containerd.bulkhead.v1";
 /// A shim without a pod ends after this: containerd asks for the first container at once.
 const UNUSED_LIMIT: Duration = Duration::from_secs(60);
+/// Longest request for `-info`.
+const REQUEST_MAX: u64 = 1 << 20;
 
 fn main() -> ExitCode {
     match run() {
@@ -72,12 +72,13 @@ fn run() -> anyhow::Result<()> {
     }
 }
 
+/// containerd writes its request to our stdin and closes it; at a terminal nobody would.
 fn info() -> anyhow::Result<Vec<u8>> {
-    let mut version = RuntimeVersion::new();
-    version.version = env!("CARGO_PKG_VERSION").into();
-    let mut info = RuntimeInfo::new();
-    info.name = RUNTIME.into();
-    info.version = MessageField::some(version);
+    let mut request = Vec::new();
+    if !stdin().is_terminal() {
+        stdin().take(REQUEST_MAX).read_to_end(&mut request)?;
+    }
+    let info = features::runtime_info(&request).context("reading the request on stdin")?;
     Ok(info.write_to_bytes()?)
 }
 

@@ -1,6 +1,8 @@
-//! What the shim and the agent say to each other: the service, the stdio streams' header, ports and limits.
-//! Used by both, uses nothing of ours.
+//! What the shim and the agent say to each other: the service, the stdio streams' header, ports and limits; and what both must know
+//! of the OCI specification. Used by both, uses nothing of ours.
 
+pub mod features;
+pub mod fields;
 pub mod id;
 pub mod limits;
 pub mod stream;

@@ -10,6 +10,7 @@ use anyhow::Context;
 use bulkhead_shim::{
     check,
     config::Config,
+    features,
     sandbox::{
         control::{self, Client},
         state::{self, Owner, ProcessId},
@@ -37,6 +38,15 @@ enum Command {
         #[arg(long)]
         engine: bool,
     },
+    /// Prints what becomes of each field of the OCI runtime specification, with counts
+    Features {
+        /// Print the specification's features document (JSON), as `runc features` does
+        #[arg(long, conflicts_with = "markdown")]
+        json: bool,
+        /// Print the table of docs/oci-spec.md
+        #[arg(long)]
+        markdown: bool,
+    },
     /// Prints a running pod's report as JSON: engine, time to ready, VM exits, memory
     Inspect {
         /// containerd's namespace
@@ -49,6 +59,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Check { json, engine } => check(json, engine),
+        Command::Features { json, markdown } => features(json, markdown),
         Command::Inspect { namespace, id } => inspect(&namespace, &id),
     };
     match result {
@@ -76,6 +87,18 @@ fn check(json: bool, engine: bool) -> anyhow::Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
+}
+
+fn features(json: bool, markdown: bool) -> anyhow::Result<ExitCode> {
+    let text = if json {
+        format!("{}\n", serde_json::to_string_pretty(&features::document())?)
+    } else if markdown {
+        features::text::markdown()
+    } else {
+        features::text::terminal()
+    };
+    print(&text)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn inspect(namespace: &str, id: &str) -> anyhow::Result<ExitCode> {
