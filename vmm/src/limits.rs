@@ -48,6 +48,24 @@ pub const REQUESTS_AT_ONCE: usize = 16;
 /// Largest data of one block request.
 pub const BLOCK_REQUEST_BYTES: usize = 4 << 20;
 
+/// Most network devices of a machine.
+pub const NET_DEVICES: usize = 4;
+
+/// Most pairs of queues of a network device.
+pub const NET_PAIRS: usize = 8;
+
+/// Largest frame with its header: 64 KiB still to be segmented, two VLAN tags.
+pub const NET_FRAME: usize = 12 + 14 + 8 + 65535;
+
+/// Most buffers of the guest that one received frame is spread over.
+pub const NET_BUFFERS: usize = 64;
+
+/// Frames in one direction before the other has its turn.
+pub const NET_FRAMES_AT_ONCE: usize = 64;
+
+/// Dropped frames of a pair of queues in the log before they are only counted.
+pub const NET_WARNINGS: u64 = 16;
+
 /// Random bytes given to the guest for one request.
 pub const RNG_REQUEST_BYTES: usize = 4 << 10;
 

@@ -37,7 +37,7 @@ fn main() -> ExitCode {
 
 fn serve(arguments: Arguments) -> anyhow::Result<()> {
     let workers =
-        fs::inherited(&arguments.worker_fds).context("taking over the workers' sockets")?;
+        fs::inherited_sockets(&arguments.worker_fds).context("taking over the workers' sockets")?;
     Ok(fs::run(fs::Config {
         state_dir: arguments.state_dir,
         workers,

@@ -37,4 +37,4 @@ mod worker;
 mod xattr;
 
 pub use run::{Config, Error, run};
-pub use sys::inherited;
+pub use sys::{inherited, inherited_sockets};

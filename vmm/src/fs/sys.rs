@@ -56,7 +56,18 @@ pub fn unshare(flags: rustix::thread::UnshareFlags) -> io::Result<()> {
     unsafe { rustix::thread::unshare_unsafe(flags) }.map_err(Into::into)
 }
 
-/// Takes over inherited descriptors, each once: sockets of packets, and none of the standard ones.
+/// Takes over inherited sockets of packets, as [`inherited`] does.
+pub fn inherited_sockets(numbers: &[RawFd]) -> io::Result<Vec<OwnedFd>> {
+    let descriptors = inherited(numbers)?;
+    for descriptor in &descriptors {
+        if rustix::net::sockopt::socket_type(descriptor)? != rustix::net::SocketType::SEQPACKET {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+    }
+    Ok(descriptors)
+}
+
+/// Takes over inherited descriptors, each once and none of the standard ones.
 pub fn inherited(numbers: &[RawFd]) -> io::Result<Vec<OwnedFd>> {
     let bad = |number: &RawFd| {
         *number <= libc::STDERR_FILENO || numbers.iter().filter(|n| *n == number).count() > 1
@@ -70,15 +81,11 @@ pub fn inherited(numbers: &[RawFd]) -> io::Result<Vec<OwnedFd>> {
             // SAFETY: the number is one the starting process passed for this use, it is none of the standard ones
             // and stands once in the list, and nothing else of this process has opened or owns it. If it is not
             // open the next call fails and the descriptor is not closed.
-            let descriptor = unsafe {
+            unsafe {
                 if libc::fcntl(*number, libc::F_SETFD, libc::FD_CLOEXEC) < 0 {
                     return Err(io::Error::last_os_error());
                 }
-                OwnedFd::from_raw_fd(*number)
-            };
-            match rustix::net::sockopt::socket_type(&descriptor)? {
-                rustix::net::SocketType::SEQPACKET => Ok(descriptor),
-                _ => Err(io::ErrorKind::InvalidInput.into()),
+                Ok(OwnedFd::from_raw_fd(*number))
             }
         })
         .collect()

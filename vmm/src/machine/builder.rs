@@ -8,11 +8,12 @@ use super::{Engine, Machine, Readiness};
 use crate::config::{EngineKind, MachineConfig};
 use crate::engine::emulated::{EmulatedError, Emulator};
 use crate::engine::kvm::{KvmEngine, KvmError};
-use crate::fs::inherited;
+use crate::fs::{inherited, inherited_sockets};
 use crate::serial::ConsoleRing;
 use crate::virtio::VirtioDevice;
 use crate::virtio::block::{Block, BlockError, Slot};
 use crate::virtio::fs::{Fs, FsError};
+use crate::virtio::net::{Net, Tap, TapError};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{MuxerError, Vsock};
 
@@ -31,6 +32,12 @@ pub enum BuildError {
     /// The file system device.
     #[error("cannot make the file system device")]
     Fs(#[source] FsError),
+    /// A number in `net[].tap_fds` is no descriptor that we inherited.
+    #[error("net.tap_fds does not name inherited descriptors")]
+    TapFds(#[source] std::io::Error),
+    /// A descriptor in `net[].tap_fds` is no tap for us.
+    #[error(transparent)]
+    Tap(#[from] TapError),
     /// Engine `kvm`.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -90,9 +97,14 @@ fn devices(
         devices.push(Box::new(device));
     }
     if let Some(fs) = &config.fs {
-        let sockets = inherited(&fs.worker_fds).map_err(BuildError::WorkerFds)?;
+        let sockets = inherited_sockets(&fs.worker_fds).map_err(BuildError::WorkerFds)?;
         let device = Fs::new(&fs.tag, sockets, end.clone()).map_err(BuildError::Fs)?;
         devices.push(Box::new(device));
+    }
+    for net in &config.net {
+        let taps = inherited(&net.tap_fds).map_err(BuildError::TapFds)?;
+        let taps = taps.into_iter().map(Tap::new).collect::<Result<_, _>>()?;
+        devices.push(Box::new(Net::new(net.mac, net.mtu, net.rate, taps)));
     }
     for slot in slots {
         devices.push(Box::new(Block::new(slot.clone())));

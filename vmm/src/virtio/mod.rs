@@ -11,6 +11,7 @@
 pub mod block;
 pub mod chain;
 pub mod fs;
+pub mod net;
 pub mod queue;
 pub mod rng;
 #[cfg(test)]
@@ -79,7 +80,7 @@ pub trait VirtioDevice: Send {
     /// Device ID of virtio 1.3 section 5.
     fn device_type(&self) -> u32;
 
-    /// For logs: `vsock`, `fs`, `block`, `rng`.
+    /// For logs: `vsock`, `fs`, `block`, `net`, `rng`.
     fn name(&self) -> &'static str;
 
     /// The largest size of each queue, a power of two each; its length is the number of queues.

@@ -1,7 +1,7 @@
 //! One thread for a device with few queues: waits for kicks, for its own event and for the order to stop.
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::thread::JoinHandle;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -21,6 +21,17 @@ impl Worker {
     pub fn start(
         name: &str,
         events: Vec<EventFd>,
+        serve: impl FnMut() -> bool + Send + 'static,
+    ) -> Result<Self, ActivateError> {
+        Self::start_with(name, events, Vec::new(), serve)
+    }
+
+    /// The same, and `serve` is also called each time one of `sources` becomes readable. It reads from them until they
+    /// have nothing left, or looks again when its own events call.
+    pub fn start_with(
+        name: &str,
+        events: Vec<EventFd>,
+        sources: Vec<OwnedFd>,
         mut serve: impl FnMut() -> bool + Send + 'static,
     ) -> Result<Self, ActivateError> {
         let failed = |what| move |source| ActivateError::Io { what, source };
@@ -38,6 +49,16 @@ impl Worker {
         for (token, event) in (0u64..).zip(&events) {
             watch(event, token).map_err(failed("watch an event"))?;
         }
+        for source in &sources {
+            let edges = EventSet::IN | EventSet::EDGE_TRIGGERED;
+            epoll
+                .ctl(
+                    ControlOperation::Add,
+                    source.as_raw_fd(),
+                    EpollEvent::new(edges, SOURCE),
+                )
+                .map_err(failed("watch a descriptor"))?;
+        }
         let thread = std::thread::Builder::new()
             .name(name.to_owned())
             .spawn(move || {
@@ -53,7 +74,7 @@ impl Worker {
                     }
                     alive = alive && serve();
                 }
-                drop(ours);
+                drop((ours, sources));
             })
             .map_err(failed("start a thread"))?;
         Ok(Self {
@@ -64,6 +85,7 @@ impl Worker {
 }
 
 const STOP: u64 = u64::MAX;
+const SOURCE: u64 = u64::MAX - 1;
 
 /// Tokens of what was signalled; `None` when it is time to stop, or when a broken queue leaves nothing to do.
 fn wait(epoll: &Epoll, alive: bool) -> Option<Vec<u64>> {

@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use super::EmulatedError;
 use crate::config::MachineConfig;
 use crate::virtio::VirtioDevice;
+use crate::virtio::net::Mac;
 
 /// Kernel parameters; those of the devices are added by the emulator. A restart is a triple fault: `-no-reboot`
 /// makes the emulator end with it. The guest is no wall anyway, so it does without mitigations.
@@ -29,12 +30,22 @@ enum Driver {
     Rng,
     Vsock,
     Fs,
+    Net { mac: Mac, mtu: u16 },
 }
 
 impl Frontend {
     /// By the device's type; `socket` is inherited by the emulator.
     pub fn new(device: &dyn VirtioDevice, socket: &UnixStream) -> Result<Self, EmulatedError> {
         let driver = match device.device_type() {
+            1 => {
+                let mut config = [0; 12];
+                device.read_config(0, &mut config);
+                let [a, b, c, d, e, f, .., low, high] = config;
+                Driver::Net {
+                    mac: [a, b, c, d, e, f],
+                    mtu: u16::from_le_bytes([low, high]),
+                }
+            }
             2 => Driver::Block,
             4 => Driver::Rng,
             19 => Driver::Vsock,
@@ -58,6 +69,10 @@ impl Frontend {
             Driver::Rng => "vhost-user-rng",
             Driver::Vsock => "vhost-user-vsock-device",
             Driver::Fs => "vhost-user-fs-device,num-request-queues=1,queue-size=512",
+            Driver::Net { mac, mtu } => {
+                let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
+                return format!("virtio-net-device,netdev=net{index},mac={mac},host_mtu={mtu}");
+            }
         };
         // The tag is a plain word, without a comma: `MachineConfig` checks that.
         let tag = match (self.driver, &config.fs) {
@@ -109,6 +124,11 @@ pub fn arguments(config: &MachineConfig, frontends: &[Frontend], tsc_khz: u64) -
     for (index, frontend) in frontends.iter().enumerate() {
         let chardev = format!("socket,id=vhost{index},fd={}", frontend.socket);
         add("-chardev", OsStr::new(&chardev));
+        if let Driver::Net { .. } = frontend.driver {
+            // One pair of queues is enough for a software CPU.
+            let netdev = format!("vhost-user,id=net{index},chardev=vhost{index},queues=1");
+            add("-netdev", OsStr::new(&netdev));
+        }
         add("-device", OsStr::new(&frontend.device(index, config)));
     }
     list.extend(["-nodefaults", "-no-user-config", "-no-reboot"].map(OsString::from));

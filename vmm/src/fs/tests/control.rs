@@ -169,9 +169,9 @@ fn the_server_ends_when_the_last_worker_has_no_client() {
 
 #[test]
 fn only_inherited_packet_sockets_are_taken_over() {
-    use super::super::sys::inherited;
-    assert!(inherited(&[0]).is_err());
-    assert!(inherited(&[-1]).is_err());
-    assert!(inherited(&[900_000]).is_err());
-    assert!(inherited(&[5000, 5000]).is_err());
+    use super::super::sys::inherited_sockets;
+    assert!(inherited_sockets(&[0]).is_err());
+    assert!(inherited_sockets(&[-1]).is_err());
+    assert!(inherited_sockets(&[900_000]).is_err());
+    assert!(inherited_sockets(&[5000, 5000]).is_err());
 }
