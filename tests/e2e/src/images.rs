@@ -132,7 +132,7 @@ fn attributes(root: &std::path::Path, folder: &std::path::Path, all: &mut Vec<St
 }
 
 fn fifty_thousand_files_are_walked(suite: &Suite) -> Outcome {
-    // The names of the folders are the image's affair; their number is the scale's.
+    // How many there are is the scale's affair.
     let mounted = suite.mount(Image::Files)?;
     let mut names: Vec<String> = std::fs::read_dir(mounted.folder.join("files"))
         .context("read /files")?

@@ -52,6 +52,9 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.snapshotter.v1.a
   address = "{run}/c.sock"
 [ttrpc]
   address = "{run}/c.sock.ttrpc"
+# By default a removed snapshot stays for fifty times as long as the last collection took.
+[plugins."io.containerd.gc.v1.scheduler"]
+  deletion_threshold = 1
 "#,
             data = settings.data.display(),
             run = settings.run.display(),
