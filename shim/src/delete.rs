@@ -1,6 +1,6 @@
 //! `delete`: containerd calls it when a shim is gone, also after an orderly end (runtime v2, "delete").
 //!
-//! Kills what is left of the pod, removes folder and socket. It can be repeated, and it leaves a pod alone whose
+//! Kills what is left of the pod, removes folder and socket, runs the poststop hooks that a dead shim has left. It can be repeated, and it leaves a pod alone whose
 //! shim lives and has another bundle: that is the next pod with the same name.
 
 use std::{
@@ -15,6 +15,7 @@ use crate::{
     args::Args,
     bootstrap::{self, socket_path},
     config::Config,
+    hooks::Runner,
     sandbox::state::{self, IdError, Owner, ProcessId},
     spec,
     task::now,
@@ -60,6 +61,7 @@ pub fn delete(args: &Args, config: &Config) -> Result<DeleteResponse, Error> {
         let socket = socket_path(&args.address, &args.namespace, pod);
         clean(&dir, owner, &socket)?;
     }
+    Runner::recover(&bundle);
     Ok(response(vmm))
 }
 

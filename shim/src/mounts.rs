@@ -15,7 +15,10 @@ use containerd_shim_protos::types::mount::Mount;
 use rustix::mount::{OpenTreeFlags, open_tree};
 use serde_json::Value;
 
-use crate::spec::Spec;
+use crate::{
+    refusal::{self, Refusal},
+    spec::Spec,
+};
 
 /// Where the agent mounts the trees.
 const GUEST_TREES: &str = "/run/bulkhead/trees";
@@ -41,21 +44,8 @@ const GUEST_TYPES: [&str; 12] = [
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A mount that cannot be made.
-    #[error("{field}: {why}")]
-    Field {
-        /// Which mount, and which part of it.
-        field: String,
-        /// What is wrong, and what to do.
-        why: String,
-    },
-    /// A kind of mount there is not.
-    #[error("{field}: {why}")]
-    Unsupported {
-        /// Which mount.
-        field: String,
-        /// What is not there.
-        why: String,
-    },
+    #[error(transparent)]
+    Refused(#[from] Refusal),
     /// The host refuses.
     #[error("opening {path} for the file server: {source}")]
     Open {
@@ -254,7 +244,7 @@ impl Planner<'_> {
     fn push(&mut self, field: &str, tree: Tree) -> Result<(), Error> {
         self.trees.push(tree);
         if self.trees.len() > TREES_MAX {
-            return Err(bad(field, "more trees than a container may have"));
+            return Err(wrong(field, "more trees than a container may have"));
         }
         Ok(())
     }
@@ -293,13 +283,13 @@ impl Planner<'_> {
     fn bundle_rootfs(&mut self, spec: &Spec) -> Result<Rootfs, Error> {
         let path = &spec.root;
         let mut entries = fs::read_dir(path).map_err(|e| {
-            bad(
+            wrong(
                 "rootfs",
                 format!("no mounts were given, and {}: {e}", path.display()),
             )
         })?;
         if entries.next().is_none() {
-            return Err(bad(
+            return Err(wrong(
                 "rootfs",
                 format!(
                     "no mounts were given, and {} is empty: {:?} is not found there",
@@ -334,7 +324,7 @@ impl Planner<'_> {
             }
         }
         if lower.is_empty() {
-            return Err(bad("rootfs", "the overlay mount has no lowerdir"));
+            return Err(wrong("rootfs", "the overlay mount has no lowerdir"));
         }
         for path in &lower {
             check_dir("rootfs.lowerdir", path)?;
@@ -364,7 +354,7 @@ impl Planner<'_> {
                 rootfs.work = format!("{id}/{work_name}");
             }
             _ => {
-                return Err(bad(
+                return Err(wrong(
                     "rootfs",
                     "upperdir and workdir come together or not at all",
                 ));
@@ -443,7 +433,7 @@ fn split_lower(value: &str) -> Vec<PathBuf> {
 fn split_last<'a>(field: &str, path: &'a Path) -> Result<(&'a Path, &'a str), Error> {
     match (path.parent(), path.file_name().and_then(|n| n.to_str())) {
         (Some(parent), Some(name)) if parent != Path::new("/") => Ok((parent, name)),
-        _ => Err(bad(
+        _ => Err(wrong(
             field,
             format!("{} has no folder of its own", path.display()),
         )),
@@ -455,18 +445,18 @@ fn check_dir(field: &str, path: &Path) -> Result<(), Error> {
     if path.is_dir() {
         return Ok(());
     }
-    Err(bad(field, format!("{} is not a folder", path.display())))
+    Err(wrong(field, format!("{} is not a folder", path.display())))
 }
 
 fn check_source(field: &str, path: &Path) -> Result<(), Error> {
     if !path.is_absolute() {
-        return Err(bad(
+        return Err(wrong(
             field,
             format!("{:?} is not an absolute path", path.display().to_string()),
         ));
     }
     let kind = fs::metadata(path)
-        .map_err(|e| bad(field, format!("{}: {e}", path.display())))?
+        .map_err(|e| wrong(field, format!("{}: {e}", path.display())))?
         .file_type();
     let name = if kind.is_socket() {
         "a socket"
@@ -490,18 +480,12 @@ fn text<'a>(mount: &'a Value, key: &str) -> &'a str {
     mount.get(key).and_then(Value::as_str).unwrap_or_default()
 }
 
-fn bad(field: &str, why: impl Into<String>) -> Error {
-    Error::Field {
-        field: field.into(),
-        why: why.into(),
-    }
+fn wrong(field: &str, why: impl Into<String>) -> Error {
+    refusal::wrong(field, why).into()
 }
 
 fn unsupported(field: &str, why: impl Into<String>) -> Error {
-    Error::Unsupported {
-        field: field.into(),
-        why: why.into(),
-    }
+    refusal::unsupported(field, why).into()
 }
 
 #[cfg(test)]

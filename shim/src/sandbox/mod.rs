@@ -9,6 +9,7 @@
 //! from the same `watch` channel, with the reason.
 
 pub mod control;
+mod error;
 pub mod machine;
 pub mod spawn;
 pub mod state;
@@ -35,6 +36,7 @@ use tokio::{
 };
 use ttrpc::context::{self, Context};
 
+pub use self::error::Error;
 use self::{
     machine::{End, Size},
     state::{Owner, ProcessId},
@@ -54,69 +56,6 @@ const POWER_OFF: Duration = Duration::from_secs(3);
 /// How long the VMM may take to see that its file server is gone.
 const FS_DEATH: Duration = Duration::from_millis(800);
 
-/// Why a pod does not run.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// An id that cannot be part of a path.
-    #[error(transparent)]
-    Id(#[from] state::IdError),
-    /// There is one already.
-    #[error("pod {0} exists already")]
-    Exists(String),
-    /// The state folder.
-    #[error("state folder {path}: {source}")]
-    State {
-        /// Which file or folder.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// What the machine is made of.
-    #[error("{what} {path}: {why}")]
-    File {
-        /// The configuration's key.
-        what: &'static str,
-        /// Which file.
-        path: PathBuf,
-        /// What is wrong with it.
-        why: String,
-    },
-    /// A helper does not start.
-    #[error("starting {program}: {source}")]
-    Spawn {
-        /// Which one.
-        program: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// The machine ended.
-    #[error("the pod's machine ended: {0}")]
-    Ended(Arc<End>),
-    /// The agent did not call.
-    #[error("the agent was not ready after {seconds} s; console: {console}")]
-    NotReady {
-        /// The limit.
-        seconds: u64,
-        /// What the machine last said.
-        console: String,
-    },
-    /// The agent cannot be reached.
-    #[error("connecting to the agent: {0}")]
-    Agent(#[source] io::Error),
-    /// Shim and agent are of different builds.
-    #[error(
-        "the agent in the initramfs has version {0:?}, the shim {ours}: install one build of both",
-        ours = bulkhead_protocol::VERSION
-    )]
-    Version(String),
-    /// VMM or file server.
-    #[error(transparent)]
-    Control(#[from] control::Error),
-    /// A tree.
-    #[error(transparent)]
-    Mount(#[from] crate::mounts::Error),
-}
-
 /// How far the machine has come to its end.
 #[derive(Clone, Debug)]
 enum Life {
@@ -130,6 +69,7 @@ pub struct Pod {
     name: String,
     dir: PathBuf,
     vmm: ProcessId,
+    size: Size,
     agent: OnceLock<AgentClient>,
     control: control::Client,
     files: control::Client,
@@ -207,6 +147,7 @@ impl Pod {
             name,
             dir: dir.to_owned(),
             vmm: vmm_id,
+            size,
             agent: OnceLock::new(),
             control: control::Client::new(dir.join("control.sock")),
             files: control::Client::new(dir.join("fs.sock")),
@@ -280,6 +221,11 @@ impl Pod {
     /// Pid of the VMM on the host: what the pod's containers show as their pid.
     pub fn pid(&self) -> u32 {
         self.vmm.pid.unsigned_abs()
+    }
+
+    /// vCPUs and memory of its machine.
+    pub fn size(&self) -> Size {
+        self.size
     }
 
     /// The socket that leads to the guest's ports.

@@ -12,7 +12,19 @@ use std::{
 use bulkhead_protocol::{agent, limits::EXECS_MAX};
 
 use super::{error::Error, process::Process};
-use crate::{mounts::Tree, sandbox::Pod};
+use crate::{hooks::Runner, mounts::Tree, sandbox::Pod, spec::Cpus};
+
+/// What a container was made with.
+pub struct Made {
+    /// What of the host it was given.
+    pub trees: Vec<Tree>,
+    /// Its hooks on the host.
+    pub hooks: Runner,
+    /// What its cpuset became.
+    pub cpus: Cpus,
+    /// Pid of its first process in the guest.
+    pub init_pid: u32,
+}
 
 /// A container.
 pub struct Container {
@@ -24,8 +36,8 @@ pub struct Container {
     pub pod: Arc<Pod>,
     /// Its first process.
     pub init: Arc<Process>,
-    /// What of the host it was given.
-    pub trees: Vec<Tree>,
+    /// What of the host it was given, and what it became in the guest.
+    pub made: Made,
     execs: Mutex<HashMap<String, Arc<Process>>>,
     paused: AtomicBool,
 }
@@ -37,14 +49,14 @@ impl Container {
         bundle: PathBuf,
         pod: Arc<Pod>,
         init: Arc<Process>,
-        trees: Vec<Tree>,
+        made: Made,
     ) -> Arc<Self> {
         Arc::new(Self {
             id: id.into(),
             bundle,
             pod,
             init,
-            trees,
+            made,
             execs: Mutex::default(),
             paused: AtomicBool::new(false),
         })

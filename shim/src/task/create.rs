@@ -1,6 +1,9 @@
 //! Create and Exec: the machine with the first container, then the agent's half.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use bulkhead_protocol::{agent, limits::CONTAINERS_MAX};
 use containerd_shim_protos::{
@@ -11,14 +14,16 @@ use protobuf::MessageField;
 
 use super::{
     CALL, MAKE, Shared, answer,
-    container::Container,
+    container::{Container, Made},
     error::Error,
     process::{Phase, Process},
 };
 use crate::{
+    hooks::{self, Runner},
     mounts::{Plan, Tree},
+    refusal::unsupported,
     sandbox::{self, Pod, deadline, state::check_id, vsock},
-    spec::{self, Spec},
+    spec::{self, Cpus, Guest, Host, Spec},
     stdio::{Io, Paths, Pumps},
 };
 
@@ -81,16 +86,25 @@ impl Shared {
                 return Err(error);
             }
         };
-        let pumps = match self.make(&pod, req, &spec, &plan, io).await {
-            Ok(pumps) => pumps,
+        let hooks = hooks_of(&spec, &req.id, &bundle, &pod);
+        let made = self.make_with(&pod, req, &mut spec, &plan, &hooks, io);
+        let (init_pid, cpus, pumps) = match made.await {
+            Ok(made) => made,
             Err(error) => {
                 self.release_trees(Some(&pod), &plan.trees).await;
+                hooks.poststop().await;
                 return Err(error);
             }
         };
         let init = Process::new("", paths);
         init.set_pumps(pumps);
-        let container = Container::new(&req.id, bundle, pod.clone(), init, plan.trees);
+        let made = Made {
+            trees: plan.trees,
+            hooks,
+            cpus,
+            init_pid,
+        };
+        let container = Container::new(&req.id, bundle, pod.clone(), init, made);
         // The event first: once the container is in the table, other events of it may follow.
         self.publish_create(req, pod.pid());
         self.state()
@@ -106,7 +120,7 @@ impl Shared {
     /// The pod, with the container's trees in its file server; started if this is its first container.
     async fn pod_with(
         self: &Arc<Self>,
-        bundle: &std::path::Path,
+        bundle: &Path,
         spec: &Spec,
         trees: &[Tree],
     ) -> Result<Arc<Pod>, Error> {
@@ -117,11 +131,16 @@ impl Shared {
             if let Some(end) = pod.end() {
                 return Err(sandbox::Error::Ended(end).into());
             }
+            spec.report_excess(pod.size());
             pod.add_trees(trees).await?;
             return Ok(pod);
         }
+        if spec.joins() {
+            let why = "the pod has no container yet whose namespaces could be joined";
+            return Err(unsupported("linux.namespaces", why).into());
+        }
         sandbox::preflight(&self.config).await?;
-        let size = spec.size(&self.config, spec::host_memory_mib())?;
+        let size = spec.size(&self.config, Host::this())?;
         let (pod, ready) = Pod::start(&self.config, &self.namespace, &self.pod_id, bundle, size)?;
         self.state().pod = Some(pod.clone());
         let shared = self.clone();
@@ -146,6 +165,32 @@ impl Shared {
         Ok(pod)
     }
 
+    /// The hooks before the container, then the container: the guest's pid of its init, its CPUs and its streams.
+    async fn make_with(
+        &self,
+        pod: &Arc<Pod>,
+        req: &CreateTaskRequest,
+        spec: &mut Spec,
+        plan: &Plan,
+        hooks: &Runner,
+        io: Io,
+    ) -> Result<(u32, Cpus, Pumps), Error> {
+        let first = self.state().containers.get(&self.pod_id).cloned();
+        let cpus = spec.translate(Guest {
+            vcpus: pod.size().vcpus,
+            host_pid: pod.pid(),
+            init_pid: first
+                .filter(|c| c.init.exit().is_none())
+                .map(|c| c.made.init_pid),
+        })?;
+        if let Err(error) = hooks.remember() {
+            tracing::warn!(%error, "should the shim die, poststop hooks will not run");
+        }
+        hooks.create().await?;
+        let (pid, pumps) = self.make(pod, req, spec, plan, io).await?;
+        Ok((pid, cpus, pumps))
+    }
+
     async fn make(
         &self,
         pod: &Arc<Pod>,
@@ -153,7 +198,7 @@ impl Shared {
         spec: &Spec,
         plan: &Plan,
         io: Io,
-    ) -> Result<Pumps, Error> {
+    ) -> Result<(u32, Pumps), Error> {
         let mut request = agent::CreateContainerRequest::new();
         request.container.clone_from(&req.id);
         request.spec = spec.to_json();
@@ -163,7 +208,7 @@ impl Shared {
             .agent()?
             .create_container(deadline(MAKE), &request)
             .await;
-        answer(pod, result).await?;
+        let pid = answer(pod, result).await?.pid;
         let pumps = connect(pod, &req.id, "", io).await;
         if pumps.is_err() {
             let mut request = agent::ProcessRequest::new();
@@ -178,7 +223,7 @@ impl Shared {
                 let _ = agent.delete(deadline(CALL), &request).await;
             }
         }
-        pumps
+        Ok((pid, pumps?))
     }
 
     fn publish_create(&self, req: &CreateTaskRequest, pid: u32) {
@@ -207,7 +252,7 @@ impl Shared {
                 phase: "not running",
             });
         }
-        spec::check_process(&req.spec.value)?;
+        let program = spec::process(&req.spec.value, &container.made.cpus)?;
         let paths = Paths {
             stdin: req.stdin.clone(),
             stdout: req.stdout.clone(),
@@ -217,7 +262,7 @@ impl Shared {
         let io = Io::open(&paths)?;
         let process = Process::new(&req.exec_id, paths);
         container.add_exec(process.clone())?;
-        let made = self.make_exec(&container, req, io).await;
+        let made = self.make_exec(&container, req, program, io).await;
         match made {
             Ok(pumps) => process.set_pumps(pumps),
             Err(error) => {
@@ -236,13 +281,14 @@ impl Shared {
         &self,
         container: &Container,
         req: &ExecProcessRequest,
+        program: Vec<u8>,
         io: Io,
     ) -> Result<Pumps, Error> {
         let pod = &container.pod;
         let mut request = agent::CreateExecRequest::new();
         request.container.clone_from(&req.id);
         request.exec_id.clone_from(&req.exec_id);
-        request.process.clone_from(&req.spec.value);
+        request.process = program;
         request.stdio = MessageField::some(io.request());
         let result = pod.agent()?.create_exec(deadline(CALL), &request).await;
         answer(pod, result).await?;
@@ -255,6 +301,18 @@ impl Shared {
         }
         pumps
     }
+}
+
+fn hooks_of(spec: &Spec, id: &str, bundle: &Path, pod: &Pod) -> Runner {
+    let state = hooks::State {
+        oci_version: spec.version().into(),
+        id: id.into(),
+        pid: Some(pod.pid()),
+        bundle: bundle.into(),
+        annotations: spec.annotations().clone(),
+        ..hooks::State::default()
+    };
+    Runner::new(spec.hooks().clone(), state)
 }
 
 async fn connect(pod: &Arc<Pod>, container: &str, exec: &str, io: Io) -> Result<Pumps, Error> {

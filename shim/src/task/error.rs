@@ -3,7 +3,8 @@
 use ttrpc::Code;
 
 use crate::{
-    mounts,
+    hooks, mounts,
+    refusal::Refusal,
     sandbox::{self, machine::printable},
     spec, stdio,
 };
@@ -17,6 +18,12 @@ pub enum Error {
     /// The bundle's spec.
     #[error(transparent)]
     Spec(#[from] spec::Error),
+    /// A part of a process or of resources.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// A hook on the host.
+    #[error(transparent)]
+    Hook(#[from] hooks::Error),
     /// The rootfs or a mount.
     #[error(transparent)]
     Mount(#[from] mounts::Error),
@@ -68,17 +75,24 @@ pub enum Error {
 impl Error {
     fn code(&self) -> Code {
         match self {
-            Self::Spec(spec::Error::Unsupported { .. })
-            | Self::Mount(mounts::Error::Unsupported { .. })
-            | Self::Pod(sandbox::Error::Mount(mounts::Error::Unsupported { .. }))
-            | Self::Unimplemented(_) => Code::UNIMPLEMENTED,
-            Self::Spec(_) | Self::Mount(_) | Self::Stdio(_) | Self::Id(_) => Code::INVALID_ARGUMENT,
+            Self::Refused(refusal)
+            | Self::Spec(spec::Error::Refused(refusal))
+            | Self::Mount(mounts::Error::Refused(refusal))
+            | Self::Pod(sandbox::Error::Mount(mounts::Error::Refused(refusal)))
+                if refusal.unsupported =>
+            {
+                Code::UNIMPLEMENTED
+            }
+            Self::Unimplemented(_) => Code::UNIMPLEMENTED,
+            Self::Refused(_) | Self::Spec(_) | Self::Mount(_) | Self::Stdio(_) | Self::Id(_) => {
+                Code::INVALID_ARGUMENT
+            }
             Self::Pod(sandbox::Error::Id(_) | sandbox::Error::Mount(_)) => Code::INVALID_ARGUMENT,
             Self::Pod(sandbox::Error::Exists(_)) | Self::Exists(_) => Code::ALREADY_EXISTS,
             Self::Pod(sandbox::Error::Ended(_)) => Code::UNAVAILABLE,
             Self::Pod(sandbox::Error::NotReady { .. }) => Code::DEADLINE_EXCEEDED,
             Self::Pod(sandbox::Error::File { .. }) => Code::FAILED_PRECONDITION,
-            Self::Pod(_) | Self::Encode(_) => Code::INTERNAL,
+            Self::Pod(_) | Self::Hook(_) | Self::Encode(_) => Code::INTERNAL,
             Self::NotFound(_) | Self::Finished(_) => Code::NOT_FOUND,
             Self::State { .. } => Code::FAILED_PRECONDITION,
             Self::Limit(_) => Code::RESOURCE_EXHAUSTED,
@@ -105,7 +119,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::sandbox::machine::End;
+    use crate::{refusal, sandbox::machine::End};
 
     fn status(error: Error) -> (Code, String) {
         match error.into() {
@@ -116,13 +130,12 @@ mod tests {
 
     #[test]
     fn errors_have_the_code_containerd_knows_and_name_what_is_wrong() {
-        let spec = spec::Error::Field {
-            field: "process.args".into(),
-            why: "is empty".into(),
-        };
-        let (code, text) = status(spec.into());
+        let refusal = refusal::wrong("process.args", "is empty");
+        let (code, text) = status(spec::Error::from(refusal).into());
         assert_eq!(code, Code::INVALID_ARGUMENT);
         assert_eq!(text, "process.args: is empty");
+        let refusal = refusal::unsupported("linux.intelRdt", "is not there");
+        assert_eq!(status(refusal.into()).0, Code::UNIMPLEMENTED);
         let (code, _) = status(Error::NotFound("container a".into()));
         assert_eq!(code, Code::NOT_FOUND);
     }

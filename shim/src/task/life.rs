@@ -46,6 +46,12 @@ impl Shared {
             process.stop(killed(NOT_STARTED));
             return Err(error);
         }
+        if exec_id.is_empty()
+            && let Err(error) = container.made.hooks.poststart().await
+        {
+            self.end_created(&container, &process).await;
+            return Err(error.into());
+        }
         let pid = container.pod.pid();
         if exec_id.is_empty() {
             let mut event = TaskStart::new();
@@ -179,7 +185,7 @@ impl Shared {
             if self.state().containers.remove(id).is_none() {
                 return Err(Error::NotFound(container.name("")));
             }
-            self.release_trees(Some(&container.pod), &container.trees)
+            self.release_trees(Some(&container.pod), &container.made.trees)
                 .await;
             let mut event = TaskDelete::new();
             event.container_id = id.into();
@@ -188,6 +194,7 @@ impl Shared {
             event.exited_at = MessageField::some(exit.at.clone());
             self.events.publish(&event);
             self.stop_if_empty().await;
+            container.made.hooks.poststop().await;
             tracing::info!(container = id, "deleted");
         } else {
             container.remove_exec(exec_id);
@@ -199,7 +206,7 @@ impl Shared {
         Ok(response)
     }
 
-    /// A process that never started goes without an exit event.
+    /// A process that did not get past its start goes without an exit event.
     async fn end_created(&self, container: &Container, process: &Process) {
         process.cut_off();
         if !process.exec_id.is_empty() {

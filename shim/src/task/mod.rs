@@ -18,7 +18,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use bulkhead_protocol::{agent, limits::SPEC_MAX};
+use bulkhead_protocol::agent;
 use containerd_shim_protos::{
     api::{
         CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest,
@@ -44,6 +44,7 @@ use crate::{
     events::Publisher,
     mounts::{Table, Tree},
     sandbox::{self, Pod, deadline},
+    spec,
 };
 
 /// How long the agent may take for a short call.
@@ -275,19 +276,10 @@ impl Shared {
 
     async fn update(&self, req: &UpdateTaskRequest) -> Result<Empty, Error> {
         let container = self.container(&req.id)?;
-        let resources = &req.resources.value;
-        if resources.len() > SPEC_MAX
-            || serde_json::from_slice::<serde_json::Map<_, _>>(resources).is_err()
-        {
-            return Err(crate::spec::Error::Field {
-                field: "resources".into(),
-                why: "is not a JSON object of OCI's LinuxResources".into(),
-            }
-            .into());
-        }
+        let vcpus = container.pod.size().vcpus;
         let mut request = agent::UpdateRequest::new();
         request.container.clone_from(&req.id);
-        request.resources.clone_from(resources);
+        request.resources = spec::resources(&req.resources.value, vcpus)?;
         let agent = container.pod.agent()?;
         let result = agent.update(deadline(CALL), &request).await;
         answer(&container.pod, result).await?;

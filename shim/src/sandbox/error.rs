@@ -1,0 +1,68 @@
+//! What goes wrong with a pod.
+
+use std::{io, path::PathBuf, sync::Arc};
+
+use super::{control, machine::End, state};
+
+/// Why a pod does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// An id that cannot be part of a path.
+    #[error(transparent)]
+    Id(#[from] state::IdError),
+    /// There is one already.
+    #[error("pod {0} exists already")]
+    Exists(String),
+    /// The state folder.
+    #[error("state folder {path}: {source}")]
+    State {
+        /// Which file or folder.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// What the machine is made of.
+    #[error("{what} {path}: {why}")]
+    File {
+        /// The configuration's key.
+        what: &'static str,
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A helper does not start.
+    #[error("starting {program}: {source}")]
+    Spawn {
+        /// Which one.
+        program: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The machine ended.
+    #[error("the pod's machine ended: {0}")]
+    Ended(Arc<End>),
+    /// The agent did not call.
+    #[error("the agent was not ready after {seconds} s; console: {console}")]
+    NotReady {
+        /// The limit.
+        seconds: u64,
+        /// What the machine last said.
+        console: String,
+    },
+    /// The agent cannot be reached.
+    #[error("connecting to the agent: {0}")]
+    Agent(#[source] io::Error),
+    /// Shim and agent are of different builds.
+    #[error(
+        "the agent in the initramfs has version {0:?}, the shim {ours}: install one build of both",
+        ours = bulkhead_protocol::VERSION
+    )]
+    Version(String),
+    /// VMM or file server.
+    #[error(transparent)]
+    Control(#[from] control::Error),
+    /// A tree.
+    #[error(transparent)]
+    Mount(#[from] crate::mounts::Error),
+}
