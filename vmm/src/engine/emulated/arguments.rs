@@ -1,8 +1,9 @@
 //! The emulator's command line.
 
 use std::ffi::{OsStr, OsString};
-use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::net::UnixStream;
+use std::os::fd::RawFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::PathBuf;
 
 use super::EmulatedError;
 use crate::config::MachineConfig;
@@ -21,7 +22,15 @@ const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 reboot=t no_timer_check
 /// The emulator's side of one of our devices.
 pub struct Frontend {
     driver: Driver,
-    socket: RawFd,
+    socket: Socket,
+}
+
+/// How the emulator gets to a device's socket.
+pub enum Socket {
+    /// It inherits one that is connected.
+    Inherited(RawFd),
+    /// It connects to one that listens: the frontend for networks takes no other.
+    Listening(PathBuf),
 }
 
 #[derive(Clone, Copy)]
@@ -34,8 +43,8 @@ enum Driver {
 }
 
 impl Frontend {
-    /// By the device's type; `socket` is inherited by the emulator.
-    pub fn new(device: &dyn VirtioDevice, socket: &UnixStream) -> Result<Self, EmulatedError> {
+    /// By the device's type.
+    pub fn new(device: &dyn VirtioDevice, socket: Socket) -> Result<Self, EmulatedError> {
         let driver = match device.device_type() {
             1 => {
                 let mut config = [0; 12];
@@ -57,10 +66,25 @@ impl Frontend {
                 });
             }
         };
-        Ok(Self {
-            driver,
-            socket: socket.as_raw_fd(),
-        })
+        Ok(Self { driver, socket })
+    }
+
+    fn chardev(&self, index: usize) -> OsString {
+        let mut value = OsString::from(format!("socket,id=vhost{index},"));
+        match &self.socket {
+            Socket::Inherited(fd) => value.push(format!("fd={fd}")),
+            Socket::Listening(path) => {
+                value.push("path=");
+                // A comma ends a value unless it is doubled.
+                let bytes = path.as_os_str().as_bytes();
+                let escaped: Vec<u8> = bytes
+                    .iter()
+                    .flat_map(|byte| std::iter::repeat_n(*byte, 1 + usize::from(*byte == b',')))
+                    .collect();
+                value.push(OsString::from_vec(escaped));
+            }
+        }
+        value
     }
 
     fn device(&self, index: usize, config: &MachineConfig) -> String {
@@ -122,8 +146,7 @@ pub fn arguments(config: &MachineConfig, frontends: &[Frontend], tsc_khz: u64) -
     add("-kernel", config.kernel.as_os_str());
     add("-initrd", config.initramfs.as_os_str());
     for (index, frontend) in frontends.iter().enumerate() {
-        let chardev = format!("socket,id=vhost{index},fd={}", frontend.socket);
-        add("-chardev", OsStr::new(&chardev));
+        add("-chardev", &frontend.chardev(index));
         if let Driver::Net { .. } = frontend.driver {
             // One pair of queues is enough for a software CPU.
             let netdev = format!("vhost-user,id=net{index},chardev=vhost{index},queues=1");
@@ -140,6 +163,7 @@ mod tests {
     use super::*;
     use crate::machine::end::end_channel;
     use crate::virtio::fs::Fs;
+    use crate::virtio::net::{Net, Rate};
 
     #[test]
     fn every_path_is_an_argument_of_its_own() {
@@ -148,10 +172,14 @@ mod tests {
             "vcpus": 2, "memory_mib": 96, "fs": {"tag": "pod", "worker_fds": [10]}}"#;
         std::fs::write(folder.path().join("machine.json"), json).unwrap();
         let config = MachineConfig::load(folder.path()).unwrap();
-        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (_ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
         let device = Fs::new("pod", vec![theirs.into()], end_channel().0).unwrap();
-        let frontend = Frontend::new(&device, &ours).unwrap();
-        let list = arguments(&config, &[frontend], 2_000_000);
+        let net = Net::new([2, 0, 0, 0, 0, 1], 9000, Rate::default(), Vec::new());
+        let frontends = [
+            Frontend::new(&device, Socket::Inherited(7)).unwrap(),
+            Frontend::new(&net, Socket::Listening("/a,b/net".into())).unwrap(),
+        ];
+        let list = arguments(&config, &frontends, 2_000_000);
         let after = |option: &str| {
             let at = list.iter().position(|argument| argument == option).unwrap();
             list[at + 1].to_str().unwrap()
@@ -162,5 +190,8 @@ mod tests {
             after("-device"),
             "vhost-user-fs-device,num-request-queues=1,queue-size=512,tag=pod,chardev=vhost0"
         );
+        assert!(list.contains(&"socket,id=vhost1,path=/a,,b/net".into()));
+        let net = "virtio-net-device,netdev=net1,mac=02:00:00:00:00:01,host_mtu=9000";
+        assert!(list.contains(&net.into()));
     }
 }

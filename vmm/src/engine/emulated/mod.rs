@@ -12,8 +12,8 @@ mod output;
 mod tsc;
 
 use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -26,6 +26,7 @@ use rustix::process::{
     set_parent_process_death_signal,
 };
 
+use self::arguments::{Frontend, Socket};
 use self::output::Tail;
 use crate::config::MachineConfig;
 use crate::machine::end::{End, EndReason, EndSender};
@@ -33,6 +34,8 @@ use crate::serial::ConsoleRing;
 use crate::virtio::VirtioDevice;
 use crate::virtio::transport::vhost_user;
 
+/// The device whose frontend does not take a socket that is connected already.
+const NETWORK: &str = "net";
 /// Older ones corrupt a guest with several vCPUs.
 const OLDEST_MAJOR: u32 = 10;
 
@@ -106,10 +109,21 @@ impl Emulator {
         let mut sockets = Vec::new();
         let mut frontends = Vec::new();
         for device in devices {
-            let (ours, theirs) =
-                UnixStream::pair().map_err(io_error("make a vhost-user socket"))?;
-            frontends.push(arguments::Frontend::new(&*device, &theirs)?);
-            vhost_user::serve(device, ours).map_err(io_error("start a vhost-user thread"))?;
+            let socket_error = "make a vhost-user socket";
+            let thread_error = "start a vhost-user thread";
+            if device.name() == NETWORK {
+                let path = config
+                    .state_dir
+                    .join(format!("net{}.sock", frontends.len()));
+                let listener = UnixListener::bind(&path).map_err(io_error(socket_error))?;
+                frontends.push(Frontend::new(&*device, Socket::Listening(path))?);
+                vhost_user::serve_listener(device, listener).map_err(io_error(thread_error))?;
+                continue;
+            }
+            let (ours, theirs) = UnixStream::pair().map_err(io_error(socket_error))?;
+            let inherited = Socket::Inherited(theirs.as_raw_fd());
+            frontends.push(Frontend::new(&*device, inherited)?);
+            vhost_user::serve(device, ours).map_err(io_error(thread_error))?;
             sockets.push(theirs);
         }
         command.args(arguments::arguments(

@@ -6,10 +6,10 @@
 //! child of ours and trusted as far as the guest: ring addresses are checked against the memory that it shared.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{FromRawFd, IntoRawFd};
-use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use vhost::VhostUserMemoryRegionBase;
@@ -37,33 +37,68 @@ const USED_INDEX: u64 = 2;
 /// VIRTIO_F_ACCESS_PLATFORM (virtio 1.3 section 6).
 const F_ACCESS_PLATFORM: u64 = 1 << 33;
 
+/// The answer "done" to VHOST_USER_SET_VRING_ENABLE: request, version and reply flag, size, value.
+const ENABLED: [u8; 20] = [18, 0, 0, 0, 5, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+
 /// VIRTQUEUE_MAX_SIZE of the emulator.
 const LARGEST_RING: u16 = 1024;
 
 /// Serves `device` on `socket` from a thread of its own, which ends once the emulator hangs up.
 pub fn serve(device: Box<dyn VirtioDevice>, socket: UnixStream) -> io::Result<JoinHandle<()>> {
+    thread(&*device).spawn(move || run(device, socket))
+}
+
+/// The same for the first who connects.
+pub fn serve_listener(
+    device: Box<dyn VirtioDevice>,
+    listener: UnixListener,
+) -> io::Result<JoinHandle<()>> {
+    thread(&*device).spawn(move || match listener.accept() {
+        Ok((socket, _)) => run(device, socket),
+        Err(error) => tracing::warn!(device = device.name(), %error, "no vhost-user connection"),
+    })
+}
+
+fn thread(device: &dyn VirtioDevice) -> std::thread::Builder {
+    std::thread::Builder::new().name(format!("vhost-{}", device.name()))
+}
+
+fn run(device: Box<dyn VirtioDevice>, socket: UnixStream) {
     let name = device.name();
-    std::thread::Builder::new()
-        .name(format!("vhost-{name}"))
-        .spawn(move || {
-            let backend = Arc::new(Mutex::new(Backend::new(device)));
-            let mut handler = BackendReqHandler::from_stream(socket, backend.clone());
-            loop {
-                match handler.handle_request() {
-                    Ok(()) => {}
-                    Err(Error::Disconnected) => break,
-                    Err(Error::SocketRetry(_)) => {}
-                    Err(error) => {
-                        tracing::warn!(device = name, %error, "vhost-user connection ended");
-                        break;
-                    }
+    let answers = match socket.try_clone() {
+        Ok(socket) => socket,
+        Err(error) => {
+            tracing::error!(device = name, %error, "cannot share a vhost-user socket");
+            return;
+        }
+    };
+    let backend = Arc::new(Mutex::new(Backend::new(device)));
+    let mut handler = BackendReqHandler::from_stream(socket, backend.clone());
+    loop {
+        match handler.handle_request() {
+            Ok(()) => {}
+            Err(Error::Disconnected) => break,
+            Err(Error::SocketRetry(_)) => {}
+            // The frontend for networks enables its rings before it has set the features that the crate asks for, and
+            // waits for the answer.
+            Err(Error::InactiveFeature(_)) => {
+                lock(&backend).enable_early();
+                if let Err(error) = (&answers).write_all(&ENABLED) {
+                    tracing::warn!(device = name, %error, "vhost-user connection ended");
+                    break;
                 }
             }
-            backend
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .stop();
-        })
+            Err(error) => {
+                tracing::warn!(device = name, %error, "vhost-user connection ended");
+                break;
+            }
+        }
+    }
+    lock(&backend).stop();
+}
+
+fn lock(backend: &Mutex<Backend>) -> MutexGuard<'_, Backend> {
+    backend.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What the emulator told about one ring.
@@ -112,6 +147,8 @@ struct Backend {
     regions: Vec<Region>,
     memory: Option<SharedMemory>,
     active: bool,
+    /// Rings are enabled before they have kicks: the device starts when all have kicks and calls.
+    early: bool,
 }
 
 impl Backend {
@@ -125,7 +162,13 @@ impl Backend {
             regions: Vec::new(),
             memory: None,
             active: false,
+            early: false,
         }
+    }
+
+    fn enable_early(&mut self) {
+        self.early = true;
+        self.rings.iter_mut().for_each(|ring| ring.enabled = true);
     }
 
     fn ring(&mut self, index: u32) -> Result<&mut Ring> {
@@ -370,6 +413,9 @@ impl VhostUserBackendReqHandlerMut for Backend {
             .get(usize::from(index))
             .ok_or(Error::InvalidParam)?;
         *call.lock().unwrap_or_else(PoisonError::into_inner) = event(file);
+        if self.early && self.rings.iter().all(|ring| ring.kick.is_some()) {
+            return self.start_when_ready();
+        }
         Ok(())
     }
 
