@@ -91,11 +91,6 @@ pub trait VirtioDevice: Send {
         0
     }
 
-    /// Length of the configuration space in bytes.
-    fn config_len(&self) -> usize {
-        0
-    }
-
     /// Reads from the configuration space; `data` is zeroed before, and what lies past the end stays zero.
     fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
 

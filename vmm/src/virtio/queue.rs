@@ -28,6 +28,12 @@ pub enum QueueError {
         /// Index of the descriptor.
         head: u16,
     },
+    /// As many malformed chains one after another as the ring holds: the driver is broken or means harm.
+    #[error("queue {index}: nothing but malformed descriptor chains")]
+    Malformed {
+        /// Which queue.
+        index: u16,
+    },
 }
 
 /// One virtqueue, owned by the device while it is active.
@@ -77,11 +83,11 @@ impl VirtQueue {
     }
 
     /// The next available chain, checked. A chain that is malformed is given back with length 0 and logged: the
-    /// driver's request fails, the device goes on.
+    /// driver's request fails, the device goes on. A ring full of them is an error.
     pub fn pop(&mut self) -> Result<Option<Chain>, QueueError> {
-        loop {
+        let index = self.index;
+        for _ in 0..self.queue.size() {
             let memory = Arc::clone(&self.memory);
-            let index = self.index;
             let ring = |source| QueueError::Ring { index, source };
             let Some(raw) = self.queue.iter(&*memory).map_err(ring)?.next() else {
                 return Ok(None);
@@ -99,6 +105,7 @@ impl VirtQueue {
                 Err(error) => self.refuse(head, &error)?,
             }
         }
+        Err(QueueError::Malformed { index })
     }
 
     fn refuse(&mut self, head: u16, error: &ChainError) -> Result<(), QueueError> {
@@ -304,6 +311,15 @@ mod tests {
         let (memory, _, mut device, _) = queue();
         memory.write_obj(1000u16, GuestAddress(0x18002)).unwrap();
         assert!(matches!(device.pop(), Err(QueueError::Ring { .. })));
+    }
+
+    #[test]
+    fn a_ring_full_of_malformed_chains_breaks_it() {
+        let (_, mut driver, mut device, _) = queue();
+        for head in 0..16 {
+            driver.offer_chain(head, &[(u64::MAX, 1, false)]);
+        }
+        assert!(matches!(device.pop(), Err(QueueError::Malformed { .. })));
     }
 
     #[test]

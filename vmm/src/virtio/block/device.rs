@@ -47,10 +47,6 @@ impl VirtioDevice for Block {
         F_SEG_MAX | F_FLUSH | if self.slot.readonly { F_RO } else { 0 }
     }
 
-    fn config_len(&self) -> usize {
-        16
-    }
-
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         // capacity, size_max, seg_max (section 5.2.4)
         let mut space = [0; 16];

@@ -131,10 +131,6 @@ impl VirtioDevice for Fs {
         &QUEUE_SIZES
     }
 
-    fn config_len(&self) -> usize {
-        self.config.len()
-    }
-
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
         for (to, from) in data.iter_mut().zip(self.config.iter().skip(start)) {

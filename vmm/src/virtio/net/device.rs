@@ -97,10 +97,6 @@ impl VirtioDevice for Net {
             | several
     }
 
-    fn config_len(&self) -> usize {
-        self.config().len()
-    }
-
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let config = self.config();
         let from = usize::try_from(offset).unwrap_or(usize::MAX);

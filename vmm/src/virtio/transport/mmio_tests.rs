@@ -32,9 +32,6 @@ impl VirtioDevice for Probe {
     fn features(&self) -> u64 {
         1 << 5
     }
-    fn config_len(&self) -> usize {
-        8
-    }
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         for (byte, at) in data.iter_mut().zip(offset..8) {
             *byte = 0x10 + at as u8;

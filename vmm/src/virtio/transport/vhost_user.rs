@@ -227,10 +227,12 @@ impl Backend {
             queues,
             interrupt,
         };
-        self.device.activate(activation).map_err(|error| {
+        if let Err(error) = self.device.activate(activation) {
             tracing::error!(device = self.device.name(), %error, "device cannot start");
-            Error::BackendInternalError
-        })?;
+            // A part of its threads may run.
+            self.device.reset();
+            return Err(Error::BackendInternalError);
+        }
         self.active = true;
         Ok(())
     }

@@ -35,9 +35,6 @@ impl VirtioDevice for Recorder {
     fn queue_sizes(&self) -> &[u16] {
         &[64, 64]
     }
-    fn config_len(&self) -> usize {
-        2
-    }
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         for (to, from) in data.iter_mut().zip([7, 8].iter().skip(offset as usize)) {
             *to = *from;

@@ -118,10 +118,6 @@ impl VirtioDevice for Vsock {
         F_STREAM
     }
 
-    fn config_len(&self) -> usize {
-        size_of::<u64>()
-    }
-
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let config = self.cid.to_le_bytes();
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
