@@ -2,7 +2,7 @@
 
 use std::{
     fmt, fs,
-    io::{self, Read},
+    io::{self, Read, Seek, SeekFrom},
     os::{fd::AsRawFd, unix::process::ExitStatusExt},
     path::Path,
     process::ExitStatus,
@@ -162,6 +162,8 @@ fn last_line(file: &Path) -> String {
     let Ok(mut file) = fs::File::open(file) else {
         return String::new();
     };
+    let length = file.metadata().map_or(0, |m| m.len());
+    let _ = file.seek(SeekFrom::Start(length.saturating_sub(EXIT_MAX)));
     let mut text = Vec::new();
     let _ = (&mut file).take(EXIT_MAX).read_to_end(&mut text);
     let text = String::from_utf8_lossy(&text);

@@ -417,11 +417,12 @@ async fn watch_children(
     let status = tokio::select! {
         status = vmm.wait() => status,
         status = fs.wait() => {
-            tracing::warn!(?status, "the file server ended before the machine");
+            // At an orderly end both end at once.
             fs_first = true;
             match timeout(FS_DEATH, vmm.wait()).await {
                 Ok(status) => status,
                 Err(_) => {
+                    tracing::warn!(?status, "the file server ended; the machine does not end by itself");
                     vmm_id.kill_session();
                     vmm.wait().await
                 }
