@@ -38,7 +38,8 @@ pub fn document() -> Value {
             "selinux": { "enabled": false },
             "intelRdt": { "enabled": false, "schemata": false, "monitoring": false },
             "memoryPolicy": { "modes": [], "flags": [] },
-            "mountExtensions": { "idmap": { "enabled": true } },
+            // Kernels refuse to map the ids of virtio-fs, which volumes come by.
+            "mountExtensions": { "idmap": { "enabled": false } },
             "netDevices": { "enabled": false }
         },
         "annotations": { "io.bulkhead.version": env!("CARGO_PKG_VERSION") },

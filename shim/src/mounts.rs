@@ -3,16 +3,16 @@
 //! Pure planning, except for [`Tree::open`]: it clones the mount of a path (`open_tree`), so that nothing appears in
 //! the host's mount table.
 
+mod trees;
+
 use std::{
-    collections::HashMap,
     fs, io,
-    os::{fd::OwnedFd, unix::fs::FileTypeExt},
+    os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
 };
 
 use bulkhead_protocol::agent::Rootfs;
 use containerd_shim_protos::types::mount::Mount;
-use rustix::mount::{OpenTreeFlags, open_tree};
 use serde_json::Value;
 
 use crate::{
@@ -20,12 +20,14 @@ use crate::{
     spec::Spec,
 };
 
+pub use trees::{Table, Tree};
+
 /// Where the agent mounts the trees.
 const GUEST_TREES: &str = "/run/bulkhead/trees";
 /// Most trees of one container (overlayfs takes 500 layers).
 const TREES_MAX: usize = 600;
 /// Mount types that name nothing of the host.
-const GUEST_TYPES: [&str; 12] = [
+const GUEST_TYPES: [&str; 13] = [
     "proc",
     "sysfs",
     "tmpfs",
@@ -38,6 +40,7 @@ const GUEST_TYPES: [&str; 12] = [
     "debugfs",
     "tracefs",
     "bpf",
+    "hugetlbfs",
 ];
 
 /// Why a mount is refused.
@@ -54,102 +57,6 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
-}
-
-/// Something of the host that the file server serves.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Tree {
-    /// Its id, unique in the pod.
-    pub id: String,
-    /// The folder or file.
-    pub path: PathBuf,
-    /// Enforced by the file server.
-    pub readonly: bool,
-    /// With the mounts below it.
-    pub recursive: bool,
-    /// Others may change it meanwhile, so that nothing of it is kept in caches.
-    pub shared: bool,
-    /// Not served yet; false if another mount of the pod has the same source.
-    pub fresh: bool,
-}
-
-impl Tree {
-    /// Clones the mount.
-    pub fn open(&self) -> Result<OwnedFd, Error> {
-        let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-        if self.recursive {
-            flags |= OpenTreeFlags::AT_RECURSIVE;
-        }
-        open_tree(rustix::fs::CWD, &self.path, flags).map_err(|e| Error::Open {
-            path: self.path.clone(),
-            source: e.into(),
-        })
-    }
-}
-
-/// The trees of a pod: numbers, and who uses what. A source that is mounted twice is one tree, so that both see one
-/// set of inodes and locks.
-#[derive(Debug, Default)]
-pub struct Table {
-    next: u64,
-    shared: HashMap<Key, Use>,
-}
-
-/// Source, read-only, recursive.
-type Key = (PathBuf, bool, bool);
-
-#[derive(Debug)]
-struct Use {
-    id: String,
-    count: usize,
-}
-
-impl Table {
-    fn number(&mut self) -> String {
-        let id = format!("t{}", self.next);
-        self.next = self.next.saturating_add(1);
-        id
-    }
-
-    /// The id for a source that others may use, and whether it is new.
-    fn acquire(&mut self, path: &Path, readonly: bool, recursive: bool) -> (String, bool) {
-        let key = key(path, readonly, recursive);
-        if let Some(tree) = self.shared.get_mut(&key) {
-            tree.count = tree.count.saturating_add(1);
-            return (tree.id.clone(), false);
-        }
-        let id = self.number();
-        let tree = Use {
-            id: id.clone(),
-            count: 1,
-        };
-        self.shared.insert(key, tree);
-        (id, true)
-    }
-
-    /// Gives trees back: those that nobody uses any more are answered.
-    pub fn release(&mut self, trees: &[Tree]) -> Vec<Tree> {
-        let mut unused = Vec::new();
-        for tree in trees {
-            if tree.shared {
-                let key = key(&tree.path, tree.readonly, tree.recursive);
-                let Some(used) = self.shared.get_mut(&key).filter(|u| u.id == tree.id) else {
-                    continue;
-                };
-                used.count = used.count.saturating_sub(1);
-                if used.count > 0 {
-                    continue;
-                }
-                self.shared.remove(&key);
-            }
-            unused.push(tree.clone());
-        }
-        unused
-    }
-}
-
-fn key(path: &Path, readonly: bool, recursive: bool) -> Key {
-    (path.to_owned(), readonly, recursive)
 }
 
 /// The trees of a container and its rootfs made of them.
@@ -313,54 +220,73 @@ impl Planner<'_> {
     }
 
     fn overlay(&mut self, mount: &Mount) -> Result<Rootfs, Error> {
+        let options: Vec<&str> = mount.options.iter().map(String::as_str).collect();
+        self.layers("rootfs", &options, false)
+    }
+
+    /// The layers that an overlay's options name, as trees; the options that name none are kept. Snapshots are the container's
+    /// alone, other folders may be `shared`.
+    fn layers(&mut self, field: &str, options: &[&str], shared: bool) -> Result<Rootfs, Error> {
         let (mut lower, mut upper, mut work) = (Vec::new(), None, None);
-        let mut rootfs = Rootfs::new();
-        for option in &mount.options {
+        let mut made = Rootfs::new();
+        for option in options {
             match option.split_once('=') {
                 Some(("lowerdir", value)) => lower = split_lower(value),
                 Some(("upperdir", value)) => upper = Some(PathBuf::from(value)),
                 Some(("workdir", value)) => work = Some(PathBuf::from(value)),
-                _ => rootfs.options.push(option.clone()),
+                _ => made.options.push((*option).to_owned()),
             }
         }
         if lower.is_empty() {
-            return Err(wrong("rootfs", "the overlay mount has no lowerdir"));
+            return Err(wrong(field, "the overlay mount has no lowerdir"));
         }
+        let mut add = |field: &str, path: &Path, readonly| match shared {
+            true => self.add_shared(field, path, readonly, false),
+            false => self.add(field, path, readonly, false),
+        };
+        let (lower_field, upper_field) = (format!("{field}.lowerdir"), format!("{field}.upperdir"));
         for path in &lower {
-            check_dir("rootfs.lowerdir", path)?;
-            let id = self.add("rootfs.lowerdir", path, true, false)?;
-            rootfs.lower.push(id);
+            check_dir(&lower_field, path)?;
+            made.lower.push(add(&lower_field, path, true)?);
         }
         match (upper, work) {
             (None, None) => {}
             (Some(upper), Some(work)) => {
-                check_dir("rootfs.upperdir", &upper)?;
-                check_dir("rootfs.workdir", &work)?;
-                let (parent, upper_name) = split_last("rootfs.upperdir", &upper)?;
-                let (work_parent, work_name) = split_last("rootfs.workdir", &work)?;
+                let work_field = format!("{field}.workdir");
+                check_dir(&upper_field, &upper)?;
+                check_dir(&work_field, &work)?;
+                let (parent, upper_name) = split_last(&upper_field, &upper)?;
+                let (work_parent, work_name) = split_last(&work_field, &work)?;
                 // overlayfs renames from work to upper: both must be in one mount.
                 if parent != work_parent {
-                    return Err(unsupported(
-                        "rootfs",
-                        format!(
-                            "upperdir {} and workdir {} are not in one folder",
-                            upper.display(),
-                            work.display()
-                        ),
-                    ));
+                    let (upper, work) = (upper.display(), work.display());
+                    let why = format!("upperdir {upper} and workdir {work} are not in one folder");
+                    return Err(unsupported(field, why));
                 }
-                let id = self.add("rootfs.upperdir", parent, false, false)?;
-                rootfs.upper = format!("{id}/{upper_name}");
-                rootfs.work = format!("{id}/{work_name}");
+                let id = add(&upper_field, parent, false)?;
+                made.upper = format!("{id}/{upper_name}");
+                made.work = format!("{id}/{work_name}");
             }
             _ => {
-                return Err(wrong(
-                    "rootfs",
-                    "upperdir and workdir come together or not at all",
-                ));
+                let why = "upperdir and workdir come together or not at all";
+                return Err(wrong(field, why));
             }
         }
-        Ok(rootfs)
+        Ok(made)
+    }
+
+    /// An overlay among the spec's mounts: its layers are folders of the host.
+    fn overlay_mount(&mut self, field: &str, options: &[&str]) -> Result<Value, Error> {
+        let made = self.layers(field, options, true)?;
+        let at = |path: &String| format!("{GUEST_TREES}/{path}");
+        let lower: Vec<String> = made.lower.iter().map(at).collect();
+        let mut options = vec![format!("lowerdir={}", lower.join(":"))];
+        if !made.upper.is_empty() {
+            options.push(format!("upperdir={}", at(&made.upper)));
+            options.push(format!("workdir={}", at(&made.work)));
+        }
+        options.extend(made.options);
+        Ok(options.into())
     }
 
     fn binds(&mut self, spec: &mut Spec) -> Result<(), Error> {
@@ -376,6 +302,13 @@ impl Planner<'_> {
             let kind = text(mount, "type");
             let recursive = options.contains(&"rbind");
             if kind != "bind" && !recursive && !options.contains(&"bind") {
+                if kind == "overlay" {
+                    let options = self.overlay_mount(&field, &options)?;
+                    if let Some(mount) = mount.as_object_mut() {
+                        mount.insert("options".into(), options);
+                    }
+                    continue;
+                }
                 if !GUEST_TYPES.contains(&kind) {
                     return Err(unsupported(
                         &field,

@@ -206,3 +206,43 @@ fn a_source_mounted_twice_in_a_pod_is_one_tree_until_its_last_user_is_gone() {
     assert_eq!(table.release(&two).len(), 5);
     assert!(table.release(&two[3..]).is_empty());
 }
+
+#[test]
+fn an_overlay_among_the_mounts_gets_its_layers_as_trees() {
+    let host = tempfile::tempdir().unwrap();
+    let at = |name: &str| {
+        fs::create_dir(host.path().join(name)).unwrap();
+        host.path().join(name).display().to_string()
+    };
+    let options = [
+        format!("lowerdir={}:{}", at("a"), at("b")),
+        format!("upperdir={}", at("up")),
+        format!("workdir={}", at("work")),
+        "index=off".into(),
+    ];
+    let mounts = json!([{ "destination": "/o", "type": "overlay", "source": "overlay", "options": options }]);
+    let (dir, mut spec) = bundle(mounts);
+    fs::create_dir_all(dir.path().join("rootfs/bin")).unwrap();
+    let plan = Plan::new(&[], &mut spec, &mut Table::default()).unwrap();
+    assert_eq!(
+        spec.value["mounts"][0]["options"],
+        json!([
+            "lowerdir=/run/bulkhead/trees/t1:/run/bulkhead/trees/t2",
+            "upperdir=/run/bulkhead/trees/t3/up",
+            "workdir=/run/bulkhead/trees/t3/work",
+            "index=off"
+        ])
+    );
+    assert!(plan.trees[1].readonly && plan.trees[2].readonly && !plan.trees[3].readonly);
+    let (dir, mut spec) = bundle(
+        json!([{ "destination": "/o", "type": "overlay", "options": ["lowerdir=/no/such"] }]),
+    );
+    fs::create_dir_all(dir.path().join("rootfs/bin")).unwrap();
+    let error = Plan::new(&[], &mut spec, &mut Table::default())
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("mounts[0] (/o).lowerdir: /no/such"),
+        "{error}"
+    );
+}

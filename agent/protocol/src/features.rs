@@ -44,10 +44,8 @@ pub const MOUNT_OPTIONS: &[&str] = &[
     "dirsync",
     "exec",
     "idmap",
-    "iversion",
     "lazytime",
     "loud",
-    "mand",
     "noatime",
     "nodev",
     "nodiratime",
@@ -167,5 +165,4 @@ pub const SECCOMP_FLAGS: &[&str] = &[
     "SECCOMP_FILTER_FLAG_LOG",
     "SECCOMP_FILTER_FLAG_SPEC_ALLOW",
     "SECCOMP_FILTER_FLAG_TSYNC",
-    "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV",
 ];

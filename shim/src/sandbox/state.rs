@@ -320,7 +320,9 @@ mod tests {
     fn a_session_is_killed_also_when_its_leader_is_gone() {
         // The shell leads a session, leaves a child in it and ends.
         let mut command = Command::new("setsid");
-        command.args(["sh", "-c", "sleep 60 & exec sleep 61"]);
+        // A number that no other process of this machine sleeps for.
+        let number = format!("60.0{}", std::process::id());
+        command.args(["sh", "-c", &format!("sleep {number} & exec sleep 61")]);
         command.process_group(0);
         let mut child = command.spawn().unwrap();
         thread::sleep(Duration::from_millis(300));
@@ -330,7 +332,8 @@ mod tests {
             .flatten()
             .filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok())
             .find(|&pid| {
-                fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|c| c == b"sleep\x0060\0")
+                fs::read(format!("/proc/{pid}/cmdline"))
+                    .is_ok_and(|c| c == format!("sleep\0{number}\0").as_bytes())
             });
         let member = ProcessId::of(members.unwrap()).unwrap();
         let session = ProcessId {

@@ -13,6 +13,7 @@ mod bad_input;
 mod crashes;
 mod exec;
 mod files;
+mod host;
 mod images;
 mod lifecycle;
 mod limits;
@@ -126,6 +127,7 @@ fn run(args: &Args, chosen: &[&Test]) -> anyhow::Result<Tally> {
 
 fn all() -> Vec<Test> {
     [
+        host::TESTS,
         view::TESTS,
         process::TESTS,
         limits::TESTS,
