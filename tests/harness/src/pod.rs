@@ -18,6 +18,7 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct Run<'a> {
     suite: &'a Suite,
+    runtime: &'static str,
     name: String,
     source: Vec<String>,
     flags: Vec<String>,
@@ -32,6 +33,7 @@ impl<'a> Run<'a> {
     pub(crate) fn new(suite: &'a Suite, source: Vec<String>) -> Self {
         Self {
             suite,
+            runtime: suite.runtime(),
             name: suite.name("c"),
             source,
             flags: Vec::new(),
@@ -66,6 +68,12 @@ impl<'a> Run<'a> {
     /// Another name.
     pub fn named(mut self, name: impl Into<String>) -> Self {
         self.name = name.into();
+        self
+    }
+
+    /// Another runtime than the suite's.
+    pub fn runtime(mut self, runtime: &'static str) -> Self {
+        self.runtime = runtime;
         self
     }
 
@@ -125,7 +133,7 @@ impl<'a> Run<'a> {
     fn invocation(&self, more: &[&str]) -> Invocation {
         let run = self
             .suite
-            .ctr(["run", "--runtime", self.suite.runtime()])
+            .ctr(["run", "--runtime", self.runtime])
             .args(more)
             .args(&self.flags)
             .args(&self.source)

@@ -1,0 +1,166 @@
+//! Runs a case on both sides and says how it ended.
+
+use bulkhead_harness::{Outcome, skip};
+use serde_json::{Value, json};
+
+use crate::{
+    case::{Case, Expect},
+    compare::{Difference, differences, missing},
+    explained,
+    host::Host,
+    side::{End, Side, failed},
+};
+
+/// A difference and why it is right.
+#[derive(Clone, Debug)]
+pub struct Reason {
+    /// Where, and what each side saw.
+    pub difference: Difference,
+    /// Why.
+    pub why: String,
+}
+
+/// What a case that passed showed.
+#[derive(Clone, Debug, Default)]
+pub struct Verdict {
+    /// Differences with their reasons.
+    pub explained: Vec<Reason>,
+    /// What each side saw or said, for the report.
+    pub ours: String,
+    /// As above.
+    pub runc: String,
+}
+
+/// Runs and judges.
+pub fn judge<'a>(case: &Case, host: &Host, ours: &Side<'a>, runc: &Side<'a>) -> Outcome<Verdict> {
+    if let Some(lacks) = case.lacks {
+        return skip(lacks);
+    }
+    let alone = case.beyond_runc.is_some();
+    ours.ensure_pod()?;
+    if !alone {
+        runc.ensure_pod()?;
+    }
+    let ends = run(case, ours, runc, alone);
+    let dead: Vec<&str> = [ours, runc]
+        .iter()
+        .filter(|side| !(alone && !side.is_ours()) && !side.pod_lives())
+        .map(|side| side.kind.name())
+        .collect();
+    let (our_end, runc_end) = ends?;
+    if !dead.is_empty() {
+        return Err(failed(format!("the pod of {} ended", dead.join(" and "))));
+    }
+    let mut verdict = Verdict {
+        ours: told(&our_end),
+        runc: runc_end.as_ref().map(told).unwrap_or_default(),
+        ..Verdict::default()
+    };
+    match &case.expect {
+        Expect::Survives => {}
+        Expect::Refused(words) => {
+            if our_end.started {
+                return Err(failed(format!("Bulkhead runs it: {}", our_end.seen)));
+            }
+            said(&our_end, words)?;
+            if let Some(end) = runc_end.filter(|end| end.started) {
+                return Err(failed(format!("runc runs it: {}", end.seen)));
+            }
+        }
+        Expect::OursRefuses(field, reason) => {
+            if our_end.started {
+                return Err(failed(format!("Bulkhead runs it: {}", our_end.seen)));
+            }
+            said(&our_end, &[field])?;
+            let difference = Difference {
+                at: vec!["started".into()],
+                ours: json!(false),
+                runc: json!(runc_end.as_ref().is_some_and(|end| end.started)),
+            };
+            if difference.runc == json!(true) || alone {
+                let why = explained::of_field(host, field).unwrap_or_else(|| (*reason).into());
+                verdict.explained.push(Reason { difference, why });
+            }
+        }
+        Expect::Runs => compare(case, host, &our_end, runc_end.as_ref(), &mut verdict)?,
+    }
+    Ok(verdict)
+}
+
+fn run(case: &Case, ours: &Side, runc: &Side, alone: bool) -> Outcome<(End, Option<End>)> {
+    let our_bundle = ours.bundle(case)?;
+    let runc_bundle = runc.bundle(case)?;
+    let ends = (|| {
+        if let Some(code) = case.code {
+            let end = |seen: Value| End {
+                started: seen["started"] != json!(false),
+                error: seen["error"].as_str().unwrap_or_default().to_owned(),
+                seen: json!({ "started": true, "status": case.status, "view": seen }),
+                took: std::time::Duration::ZERO,
+            };
+            let our_end = end(code(ours, our_bundle.clone())?);
+            let runc_end = if alone { None } else { Some(end(code(runc, runc_bundle.clone())?)) };
+            return Ok((our_end, runc_end));
+        }
+        let ours_runs = ours.spawn(&our_bundle)?;
+        let runc_runs = if alone { None } else { Some(runc.spawn(&runc_bundle)?) };
+        let our_end = ours.end(&our_bundle, ours_runs)?;
+        let runc_end = match runc_runs {
+            Some(running) => Some(runc.end(&runc_bundle, running)?),
+            None => None,
+        };
+        Ok((our_end, runc_end))
+    })();
+    ours.forget(&our_bundle);
+    runc.forget(&runc_bundle);
+    ends
+}
+
+fn told(end: &End) -> String {
+    if end.started { end.seen["view"].to_string() } else { end.error.clone() }
+}
+
+/// The error must name what is wrong.
+fn said(end: &End, words: &[&str]) -> Outcome {
+    match words.iter().find(|word| !end.error.contains(**word)) {
+        None => Ok(()),
+        Some(word) => Err(failed(format!("the error does not say `{word}`: {}", end.error))),
+    }
+}
+
+fn compare(case: &Case, host: &Host, ours: &End, runc: Option<&End>, verdict: &mut Verdict) -> Outcome {
+    let mut wrong = Vec::new();
+    for (name, end) in [("Bulkhead", Some(ours)), ("runc", runc)] {
+        let Some(end) = end else { continue };
+        if !end.started {
+            wrong.push(format!("{name} refuses: {}", end.error));
+            continue;
+        }
+        let skip_view = name == "runc" && case.needs_v2 && !host.cgroup_v2;
+        let mut lines = missing(&json!({ "status": case.status }), &end.seen);
+        if !skip_view {
+            lines.extend(missing(&case.both, &end.seen["view"]));
+        }
+        if name == "Bulkhead" {
+            lines.extend(missing(&case.ours, &end.seen["view"]));
+        }
+        wrong.extend(lines.into_iter().map(|line| format!("{name}: {line}")));
+    }
+    if let Some(runc) = runc
+        && !(case.needs_v2 && !host.cgroup_v2)
+    {
+        for difference in differences(&ours.seen["view"], &runc.seen["view"]) {
+            match explained::of(host, &case.name, &difference) {
+                Some(why) => verdict.explained.push(Reason { difference, why: why.into() }),
+                None if ours.started && runc.started => wrong.push(format!(
+                    "unexplained: {}: Bulkhead {}, runc {}",
+                    difference.place(),
+                    difference.ours,
+                    difference.runc
+                )),
+                None => {}
+            }
+        }
+    }
+    if wrong.is_empty() { Ok(()) } else { Err(failed(wrong.join("\n         "))) }
+}

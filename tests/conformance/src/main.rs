@@ -1,0 +1,149 @@
+//! `bulkhead-conformance`: the same bundle under runc and under Bulkhead in the same containerd, compared by what a probe
+//! inside sees. A difference that [`explained`] does not give a reason for fails the case.
+
+use std::{path::PathBuf, process::ExitCode, time::Instant};
+
+use bulkhead_harness::{
+    Engine, Failure, Outcome, Scale, Suite, leaks::Snapshot, suite::Options,
+};
+use clap::{Parser, ValueEnum};
+
+mod case;
+mod cases;
+mod compare;
+mod explained;
+mod host;
+mod judge;
+mod report;
+mod side;
+
+use case::Case;
+use host::Host;
+use judge::{Verdict, judge};
+use report::Report;
+use side::{Kind, Side};
+
+#[derive(Parser)]
+#[command(version, about)]
+struct Args {
+    /// What runs Bulkhead's side.
+    #[arg(long, value_enum, default_value = "emulated")]
+    engine: EngineName,
+    /// Folder with the product's programs, kernel and initramfs.
+    #[arg(long, default_value = "target/bulkhead")]
+    dist: PathBuf,
+    /// Folder with the images' tar files; not used, for the rootfs is made here.
+    #[arg(long)]
+    images: Option<PathBuf>,
+    /// The static probe; without this, `conformance-probe` beside this program.
+    #[arg(long)]
+    probe: Option<PathBuf>,
+    /// Only cases whose name holds one of these words.
+    #[arg(long)]
+    filter: Vec<String>,
+    /// Not these.
+    #[arg(long)]
+    skip: Vec<String>,
+    /// Print the names.
+    #[arg(long)]
+    list: bool,
+    /// Print what each side saw.
+    #[arg(long)]
+    verbose: bool,
+    /// Write the report, in Markdown, to this file.
+    #[arg(long)]
+    report: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum EngineName {
+    Kvm,
+    Emulated,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let all = cases::all();
+    let chosen: Vec<&Case> = all
+        .iter()
+        .filter(|c| args.filter.is_empty() || args.filter.iter().any(|w| c.name.contains(w)))
+        .filter(|c| !args.skip.iter().any(|w| c.name.contains(w)))
+        .collect();
+    if args.list {
+        for case in &chosen {
+            println!("{}", case.name);
+        }
+        return ExitCode::SUCCESS;
+    }
+    match run(&args, &chosen, chosen.len() == all.len()) {
+        Ok(failed) => ExitCode::from(u8::from(failed > 0)),
+        Err(error) => {
+            eprintln!("bulkhead-conformance: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(args: &Args, chosen: &[&Case], whole: bool) -> anyhow::Result<usize> {
+    let engine = match args.engine {
+        EngineName::Kvm => Engine::Kvm,
+        EngineName::Emulated => Engine::Emulated,
+    };
+    let probe = match &args.probe {
+        Some(probe) => probe.clone(),
+        None => std::env::current_exe()?.with_file_name("conformance-probe"),
+    };
+    let dist = std::fs::canonicalize(&args.dist)?;
+    let host = Host::look(engine, &dist);
+    let shims = std::env::temp_dir().join(format!("bulkhead-conformance-{}", std::process::id()));
+    std::fs::create_dir_all(&shims)?;
+    let _shims = Removed(shims.clone());
+    let suite = Suite::start(Options {
+        engine,
+        dist: shims.clone(),
+        images: args.images.clone().unwrap_or_else(|| dist.clone()),
+        scale: Scale::detect(false),
+    })?;
+    side::make_shims(&shims, &suite, &dist)?;
+    println!(
+        "engine {engine:?}, runc {}.{}, cgroup {} on the host",
+        host.runc.0,
+        host.runc.1,
+        if host.cgroup_v2 { "v2" } else { "v1" }
+    );
+    let before = Snapshot::take(&suite.scope());
+    let mut report = Report::new(&host);
+    {
+        let runc = Side::new(Kind::Runc, &suite, &probe)?;
+        let ours = Side::new(Kind::Bulkhead, &suite, &probe)?;
+        for (index, case) in chosen.iter().enumerate() {
+            let start = Instant::now();
+            let log = suite.log_mark();
+            let end = judge(case, &host, &ours, &runc);
+            report.add(case, start.elapsed(), index + 1, chosen.len(), &end, args.verbose);
+            if args.verbose && matches!(end, Err(Failure::Failed(_))) {
+                let logs = suite.logs(log);
+                println!("{}", bulkhead_harness::command::tail(&logs, 4000));
+            }
+        }
+    }
+    let leaks = before.leaks(&suite.scope(), suite.settle());
+    report.leaks(&leaks);
+    report.close(whole);
+    if let Some(file) = &args.report {
+        std::fs::write(file, report.markdown())?;
+    }
+    Ok(report.failed())
+}
+
+/// What a case's evaluation gives.
+type End = Outcome<Verdict>;
+
+/// A folder that goes with this value.
+struct Removed(PathBuf);
+
+impl Drop for Removed {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
