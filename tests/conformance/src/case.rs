@@ -3,7 +3,10 @@
 use bulkhead_harness::Outcome;
 use serde_json::{Map, Value, json};
 
-use crate::side::{Bundle, Side};
+use crate::{
+    host::When,
+    side::{Bundle, Side},
+};
 
 /// Something that must be there before the container is made. Paths that begin with `$ROOT` or `$DIR`.
 #[derive(Clone, Debug)]
@@ -25,6 +28,8 @@ pub enum Expect {
     Refused(Vec<&'static str>),
     /// Bulkhead refuses the field by its name; runc does not.
     OursRefuses(&'static str, &'static str),
+    /// runc refuses it, for this reason; Bulkhead runs it.
+    RuncRefuses(&'static str),
     /// Both end, one way or the other; the pod goes on.
     Survives,
 }
@@ -55,8 +60,8 @@ pub struct Case {
     pub raw: Option<fn(&Value) -> String>,
     /// Instead of running the probe once.
     pub code: Option<Code>,
-    /// What runc here does not know, and therefore does not do.
-    pub beyond_runc: Option<&'static str>,
+    /// What runc cannot do on hosts like these: there, only ours is looked at.
+    pub beyond: Option<When>,
     /// What this host's cgroup v1 gives otherwise.
     pub needs_v2: bool,
     /// What there is to skip for.
@@ -76,7 +81,7 @@ pub fn case(name: &str, patch: Value) -> Case {
         expect: Expect::Runs,
         raw: None,
         code: None,
-        beyond_runc: None,
+        beyond: None,
         needs_v2: false,
         lacks: None,
     }
@@ -146,9 +151,15 @@ impl Case {
         self
     }
 
-    /// runc here does not know `field`: only ours is looked at.
-    pub fn beyond_runc(mut self, field: &'static str) -> Self {
-        self.beyond_runc = Some(field);
+    /// runc cannot do this on hosts like these: only ours is looked at.
+    pub fn beyond(mut self, when: When) -> Self {
+        self.beyond = Some(when);
+        self
+    }
+
+    /// runc refuses it, for a reason; Bulkhead runs it.
+    pub fn runc_refuses(mut self, reason: &'static str) -> Self {
+        self.expect = Expect::RuncRefuses(reason);
         self
     }
 

@@ -1,42 +1,110 @@
 //! Differences that are right, and why. A difference that matches no entry fails its case.
 
-use crate::{compare::Difference, host::Host};
-
-/// When an entry applies.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum When {
-    Always,
-    /// runc here uses cgroup v1, the guest has v2.
-    CgroupV1,
-    /// runc here is older than 1.2.
-    OldRunc,
-}
+use crate::{
+    compare::Difference,
+    host::{Host, When},
+};
 
 /// An entry.
 struct Explained {
     /// Keys from the outside in; `*` is any, `x*` begins with x. What lies below matches as well.
     at: &'static [&'static str],
-    /// Words of the case's name.
+    /// A word of the case's name.
     cases: &'static str,
+    /// What Bulkhead's side must have seen; null is any.
+    ours: &'static str,
     when: When,
     why: &'static str,
 }
 
 const fn entry(at: &'static [&'static str], why: &'static str) -> Explained {
-    Explained { at, cases: "", when: When::Always, why }
+    Explained { at, cases: "", ours: "", when: When::Always, why }
+}
+
+const fn within(cases: &'static str, at: &'static [&'static str], why: &'static str) -> Explained {
+    Explained { at, cases, ours: "", when: When::Always, why }
 }
 
 const fn when(when: When, at: &'static [&'static str], why: &'static str) -> Explained {
-    Explained { at, cases: "", when, why }
+    Explained { at, cases: "", ours: "", when, why }
+}
+
+const fn seen(at: &'static [&'static str], ours: &'static str, why: &'static str) -> Explained {
+    Explained { at, cases: "", ours, when: When::Always, why }
 }
 
 const V1: &str = "runc on this host mounts cgroup v1, a folder a controller; the guest has v2 on every host";
+const NO_FILE: &str = "a file of /proc or /sys that one of the two kernels does not have";
+const MASK: &str = "a masked file is covered by the guest's own /dev/null, read-only, where runc takes the container's";
+const MASK_FOLDER: &str = "a masked folder is covered by an empty read-only tmpfs, which here is nosuid, nodev and noexec as well";
+const FLAG: &str = "a read-only sysfs is made by a flag of the mount, where runc makes the file system itself read-only, which the \
+                    kernel then shows for every later mount of it";
+const TMPFS_MODE: &str = "a tmpfs without mode takes that of the folder it covers: as an option here, by chmod after the mount in runc";
+const KERNEL: &str = "the two kernels differ in version and in what they are built with";
+const LIMITS: &str = "not in the spec: the machine's default, which the kernel takes from the machine's memory";
 
 const TABLE: &[Explained] = &[
-    entry(&["mounts", "at", "/", "type"], "the rootfs comes over virtio-fs from the host's file system"),
+    // Files come from the host by virtio-fs.
+    seen(&["mounts", "at", "*", "type"], "virtiofs", "files of the host come into the machine by virtio-fs"),
+    // What is masked or read-only depends on what the kernel has.
+    entry(&["mounts", "at", "/proc/acpi"], NO_FILE),
+    entry(&["mounts", "at", "/proc/scsi"], NO_FILE),
+    entry(&["mounts", "at", "/proc/asound"], NO_FILE),
+    entry(&["mounts", "at", "/proc/latency_stats"], NO_FILE),
+    entry(&["mounts", "at", "/proc/timer_stats"], NO_FILE),
+    entry(&["mounts", "at", "/proc/sched_debug"], NO_FILE),
+    seen(&["mounts", "at", "/proc/sysrq-trigger"], "{", NO_FILE),
+    seen(&["mounts", "at", "/proc/kcore"], "null", NO_FILE),
+    seen(&["mounts", "at", "*", "type"], "devtmpfs", MASK),
+    entry(&["mounts", "at", "/proc/keys", "o*"], MASK),
+    entry(&["mounts", "at", "/proc/timer_list", "o*"], MASK),
+    entry(&["mounts", "at", "/proc/kcore", "o*"], MASK),
+    within("masked", &["mounts", "at", "/etc/passwd", "o*"], MASK),
+    within("masked", &["mounts", "at", "/proc/version", "o*"], MASK),
+    entry(&["mounts", "at", "/sys/firmware", "options"], MASK_FOLDER),
+    within("masked", &["mounts", "at", "/etc", "options"], MASK_FOLDER),
+    within("masked", &["mounts", "at", "/etc#2", "options"], MASK_FOLDER),
+    within("masked", &["mounts", "at", "/proc/sys#2", "options"], MASK_FOLDER),
+    entry(&["mounts", "at", "/sys", "own"], FLAG),
+    within("sysfs", &["mounts", "at", "/s", "own"], FLAG),
+    within("sysfs_readonly", &["paths", "/sys"], NO_FILE),
+    entry(&["mounts", "at", "/tmp", "own"], TMPFS_MODE),
+    within("parent_after", &["mounts", "at", "/a", "own"], TMPFS_MODE),
+    within("nothing_optional", &["mounts", "at", "/dev", "own"], TMPFS_MODE),
+    within("a_later_mount_covers", &["paths", "/a", "mode"], "runc gives a tmpfs over a folder the folder's mode, even where the spec names one"),
+    within("rootfs_propagation_", &["mounts", "at"], "the propagation of the spec holds for the container's root, as the spec says; runc makes it private \
+                                                      again by pivot_root"),
     when(When::CgroupV1, &["mounts", "at", "/sys/fs/cgroup*"], V1),
-    when(When::CgroupV1, &["mounts", "order"], V1),
     when(When::CgroupV1, &["cgroup"], V1),
+    // Devices.
+    entry(&["access", "c 10:200"], "runc up to 1.1 lets every container use /dev/net/tun; the spec's default devices do not hold it"),
+    within("new_folder", &["paths", "/dev/net/tun"], "runc up to 1.1 lets every container use /dev/net/tun; the spec's default devices do not hold it"),
+    within("dev_is_a_link", &["devices"], "runc leaves /dev out of its set-up when it is a link"),
+    Explained { at: &["access"], cases: "devices::deny_one", ours: "", when: When::CgroupV1,
+        why: "cgroup v1 forgets the default rule to make nodes when a device is denied" },
+    Explained { at: &["access"], cases: "devices::default_devices_cannot", ours: "", when: When::CgroupV1,
+        why: "cgroup v1 forgets the default rule to make nodes when a device is denied" },
+    // The machine is not the host.
+    entry(&["syscalls", "acct"], KERNEL),
+    entry(&["syscalls", "ioperm"], KERNEL),
+    entry(&["syscalls", "iopl"], KERNEL),
+    entry(&["syscalls", "lookup_dcookie"], KERNEL),
+    entry(&["syscalls", "open_by_handle_at"], KERNEL),
+    entry(&["syscalls", "quotactl"], KERNEL),
+    entry(&["syscalls", "kexec_load"], KERNEL),
+    entry(&["syscalls", "userfaultfd"], KERNEL),
+    entry(&["syscalls", "perf_event_open"], KERNEL),
+    entry(&["syscalls", "bpf"], KERNEL),
+    entry(&["rlimits", "NPROC"], LIMITS),
+    entry(&["rlimits", "SIGPENDING"], LIMITS),
+    entry(&["rlimits", "NOFILE"], "not in the spec: the agent's own limit, where runc hands on containerd's"),
+    entry(&["oom"], "not in the spec: runc hands on the score of containerd's shim"),
+    within("nothing_optional", &["names", "host"], "without a host name in the spec it is the machine's"),
+    within("network_of_the_pod", &["namespaces", "net"], "each container has a network namespace of its own until the pod has a network"),
+    // Numbers that are measured.
+    within("cpu_quota", &["percent"], "measured; both within 5 % of the quota"),
+    within("open_files", &["opened"], "descriptors that the runtime leaves open during the set-up are none of the program's"),
+    Explained { at: &["poststart", "status"], cases: "hooks::", ours: "", when: When::OldRunc, why: "runc up to 1.1 says `created` in poststart; the spec says `running`" },
 ];
 
 /// Why a difference of a case is right.
@@ -45,11 +113,8 @@ pub fn of(host: &Host, case: &str, difference: &Difference) -> Option<&'static s
         .iter()
         .find(|entry| {
             case.contains(entry.cases)
-                && match entry.when {
-                    When::Always => true,
-                    When::CgroupV1 => !host.cgroup_v2,
-                    When::OldRunc => host.runc < (1, 2),
-                }
+                && host.is(entry.when)
+                && (entry.ours.is_empty() || difference.ours.to_string().trim_matches('"').starts_with(entry.ours))
                 && matches(entry.at, &difference.at)
         })
         .map(|entry| entry.why)

@@ -5,6 +5,19 @@ use std::path::Path;
 use bulkhead_harness::{Engine, command::Invocation};
 use serde_json::Value;
 
+/// What a host is like, as a condition.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum When {
+    /// On every host.
+    Always,
+    /// runc here uses cgroup v1; the guest has v2.
+    CgroupV1,
+    /// runc here is older than 1.2, which learned what 1.1 of the spec added.
+    OldRunc,
+    /// root of this host lacks capabilities, so runc's does as well.
+    LesserRoot,
+}
+
 /// The host.
 #[derive(Clone, Debug)]
 pub struct Host {
@@ -14,6 +27,8 @@ pub struct Host {
     pub cgroup_v2: bool,
     /// runc's version.
     pub runc: (u32, u32),
+    /// Whether root here has every capability.
+    pub full_root: bool,
     /// What `bulkhead features` prints.
     pub features: Value,
 }
@@ -28,9 +43,27 @@ impl Host {
             engine,
             cgroup_v2: Path::new("/sys/fs/cgroup/cgroup.controllers").exists(),
             runc: parse_version(&version).unwrap_or((0, 0)),
+            full_root: has_sys_resource(&std::fs::read_to_string("/proc/self/status").unwrap_or_default()),
             features: serde_json::from_str(&features).unwrap_or(Value::Null),
         }
     }
+
+    /// Whether it is like that.
+    pub fn is(&self, when: When) -> bool {
+        match when {
+            When::Always => true,
+            When::CgroupV1 => !self.cgroup_v2,
+            When::OldRunc => self.runc < (1, 2),
+            When::LesserRoot => !self.full_root,
+        }
+    }
+}
+
+/// CAP_SYS_RESOURCE is what hosts that are machines of somebody else lack first.
+fn has_sys_resource(status: &str) -> bool {
+    let line = status.lines().find_map(|line| line.strip_prefix("CapBnd:"));
+    let bits = line.and_then(|text| u64::from_str_radix(text.trim(), 16).ok());
+    bits.is_some_and(|bits| bits & (1 << 24) != 0)
 }
 
 fn parse_version(text: &str) -> Option<(u32, u32)> {
@@ -40,6 +73,12 @@ fn parse_version(text: &str) -> Option<(u32, u32)> {
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn a_bounding_set_without_sys_resource_is_seen() {
+        assert!(super::has_sys_resource("CapBnd:\t000001ffffffffff\n"));
+        assert!(!super::has_sys_resource("CapBnd:\t000001fffeffffff\n"));
+    }
+
     #[test]
     fn debians_version_line_is_read() {
         assert_eq!(super::parse_version("runc version 1.1.5+ds1\ncommit: x"), Some((1, 1)));

@@ -36,7 +36,7 @@ pub fn judge<'a>(case: &Case, host: &Host, ours: &Side<'a>, runc: &Side<'a>) -> 
     if let Some(lacks) = case.lacks {
         return skip(lacks);
     }
-    let alone = case.beyond_runc.is_some();
+    let alone = case.beyond.is_some_and(|when| host.is(when));
     ours.ensure_pod()?;
     if !alone {
         runc.ensure_pod()?;
@@ -63,7 +63,9 @@ pub fn judge<'a>(case: &Case, host: &Host, ours: &Side<'a>, runc: &Side<'a>) -> 
                 return Err(failed(format!("Bulkhead runs it: {}", our_end.seen)));
             }
             said(&our_end, words)?;
-            if let Some(end) = runc_end.filter(|end| end.started) {
+            // A program that failed before its first word did not run either: runc sees some errors only at execve.
+            let ran = |end: &End| end.started && (end.seen["status"] == json!(0) || end.seen["view"] != json!(""));
+            if let Some(end) = runc_end.filter(ran) {
                 return Err(failed(format!("runc runs it: {}", end.seen)));
             }
         }
@@ -80,6 +82,17 @@ pub fn judge<'a>(case: &Case, host: &Host, ours: &Side<'a>, runc: &Side<'a>) -> 
             if difference.runc == json!(true) || alone {
                 let why = explained::of_field(host, field).unwrap_or_else(|| (*reason).into());
                 verdict.explained.push(Reason { difference, why });
+            }
+        }
+        Expect::RuncRefuses(reason) => {
+            compare(case, host, &our_end, None, &mut verdict)?;
+            if let Some(end) = runc_end.filter(|end| !end.started) {
+                let difference = Difference {
+                    at: vec!["started".into()],
+                    ours: json!(true),
+                    runc: json!(end.error),
+                };
+                verdict.explained.push(Reason { difference, why: (*reason).into() });
             }
         }
         Expect::Runs => compare(case, host, &our_end, runc_end.as_ref(), &mut verdict)?,
@@ -117,7 +130,8 @@ fn run(case: &Case, ours: &Side, runc: &Side, alone: bool) -> Outcome<(End, Opti
 }
 
 fn told(end: &End) -> String {
-    if end.started { end.seen["view"].to_string() } else { end.error.clone() }
+    let text = if end.started { end.seen["view"].to_string() } else { end.error.clone() };
+    format!("{text} ({:.1} s)", end.took.as_secs_f64())
 }
 
 /// The error must name what is wrong.

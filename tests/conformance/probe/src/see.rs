@@ -46,6 +46,7 @@ fn section(name: &str) -> Value {
         "signals" => signals(),
         "personality" => json!(format!("{:#x}", sys::personality())),
         "terminal" => terminal(),
+        "late" => late(),
         "names" => names(),
         "network" => network(),
         other => json!(format!("no section {other}")),
@@ -110,7 +111,14 @@ fn scheduling() -> Value {
         libc::SYS_sched_getattr,
         [0, attr.as_mut_ptr() as usize, size, 0, 0],
     );
-    let long = |low: usize| u64::from(attr[low]) | (u64::from(attr[low + 1]) << 32);
+    // For other policies `runtime` is the kernel's own slice.
+    let deadline = attr[1] == 6;
+    let long = |low: usize| {
+        if low > 2 && !deadline {
+            return 0;
+        }
+        u64::from(attr[low]) | (u64::from(attr[low + 1]) << 32)
+    };
     let io = sys::call(libc::SYS_ioprio_get, [1, 0, 0, 0, 0]);
     json!({
         "getattr": sys::answer(got), "policy": attr[1], "flags": long(2), "nice": attr[4].cast_signed(),
@@ -156,7 +164,10 @@ fn mounts() -> Value {
         // Of a file system that the runtime makes, its own options; of another, they are the host's matter.
         let made = ["tmpfs", "devpts", "proc", "mqueue", "sysfs"].contains(kind);
         let own = after.get(2).filter(|_| made).map(|text| words(text));
-        order.push(name.clone());
+        // What is masked depends on what the kernel has.
+        if !name.starts_with("/proc/") && !name.starts_with("/sys/") {
+            order.push(name.clone());
+        }
         by_point.insert(
             name,
             json!({ "type": kind, "options": words(options), "own": own, "propagation": propagation }),
@@ -338,6 +349,17 @@ fn terminal() -> Value {
     let tty = read("/proc/self/stat").unwrap_or_default();
     let number = tty.rsplit(')').next().unwrap_or("").split_whitespace().nth(4).map(|n| n != "0");
     json!({ "sizes": all.collect::<Vec<_>>(), "controls": number, "dev_tty": sys::open("/dev/tty", libc::O_RDWR) })
+}
+
+/// A terminal gets its size after the start: the client hears of the start first.
+fn late() -> Value {
+    for _ in 0..40 {
+        if sys::window(0) != Some((0, 0)) {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    Value::Null
 }
 
 fn names() -> Value {

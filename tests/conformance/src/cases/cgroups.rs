@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use crate::host::When;
 use crate::case::{Case, case};
 
 /// The group.
@@ -18,7 +19,7 @@ pub fn all() -> Vec<Case> {
             .cgroup(file("memory.low", "33554432")),
         case("cgroups::memory_and_swap", with(json!({ "memory": { "limit": 67_108_864, "swap": 134_217_728 } }))).cgroup(file("memory.max", "67108864")),
         case("cgroups::swap_below_memory", with(json!({ "memory": { "limit": 67_108_864, "swap": 33_554_432 } }))).sees("cgroup").refused(&["memory"]),
-        case("cgroups::memory_high_by_unified", unified("memory.high", "50331648")).cgroup(file("memory.high", "50331648")),
+        case("cgroups::memory_high_by_unified", unified("memory.high", "50331648")).cgroup(file("memory.high", "50331648")).beyond(When::CgroupV1),
         case("cgroups::memory_swappiness", with(json!({ "memory": { "swappiness": 10 } })))
             .sees("cgroup").ours_refuses("linux.resources.memory.swappiness", "cgroup v2 has no swappiness"),
         case("cgroups::oom_killer_off", with(json!({ "memory": { "disableOOMKiller": true } })))
@@ -36,10 +37,10 @@ pub fn all() -> Vec<Case> {
         case("cgroups::cpu_shares_2", with(json!({ "cpu": { "shares": 2 } }))).cgroup(file("cpu.weight", "1")),
         case("cgroups::cpu_shares_262144", with(json!({ "cpu": { "shares": 262_144 } }))).cgroup(file("cpu.weight", "10000")),
         case("cgroups::cpu_burst", with(json!({ "cpu": { "quota": 50_000, "period": 100_000, "burst": 20_000 } })))
-            .cgroup(file("cpu.max.burst", "20000")).beyond_runc("linux.resources.cpu.burst"),
+            .cgroup(file("cpu.max.burst", "20000")).beyond(When::OldRunc),
         case("cgroups::cpu_burst_above_quota", with(json!({ "cpu": { "quota": 50_000, "period": 100_000, "burst": 60_000 } })))
-            .sees("cgroup").refused(&["burst"]).beyond_runc("linux.resources.cpu.burst"),
-        case("cgroups::cpu_idle", with(json!({ "cpu": { "idle": 1 } }))).cgroup(file("cpu.idle", "1")).beyond_runc("linux.resources.cpu.idle"),
+            .sees("cgroup").refused(&["burst"]).beyond(When::OldRunc),
+        case("cgroups::cpu_idle", with(json!({ "cpu": { "idle": 1 } }))).cgroup(file("cpu.idle", "1")).beyond(When::OldRunc),
         case("cgroups::cpuset_of_the_first_cpu", with(json!({ "cpu": { "cpus": "0", "mems": "0" } }))).cgroup(json!({ "cpuset.cpus": "0", "cpuset.mems": "0" })),
         case("cgroups::cpuset_of_a_cpu_that_is_missing", with(json!({ "cpu": { "cpus": "500" } }))).sees("cgroup").refused(&["cpu"]),
         case("cgroups::cpuset_that_is_no_list", with(json!({ "cpu": { "cpus": "a-b" } }))).sees("cgroup").refused(&["cpu"]),
@@ -48,7 +49,7 @@ pub fn all() -> Vec<Case> {
         case("cgroups::pids_limit", with(json!({ "pids": { "limit": 42 } }))).cgroup(file("pids.max", "42")),
         case("cgroups::pids_without_limit", with(json!({ "pids": { "limit": -1 } }))).cgroup(file("pids.max", "max")),
         case("cgroups::pids_limit_0", with(json!({ "pids": { "limit": 0 } }))).cgroup(file("pids.max", "max")),
-        case("cgroups::hugepages", with(json!({ "hugepageLimits": [{ "pageSize": "2MB", "limit": 4_194_304 }] }))).cgroup(file("hugetlb.2MB.max", "4194304")),
+        case("cgroups::hugepages", with(json!({ "hugepageLimits": [{ "pageSize": "2MB", "limit": 4_194_304 }] }))).cgroup(file("hugetlb.2MB.max", "4194304")).beyond(When::CgroupV1),
         case("cgroups::hugepages_of_an_unknown_size", with(json!({ "hugepageLimits": [{ "pageSize": "3MB", "limit": 0 }] })))
             .sees("cgroup").refused(&["hugepageLimits"]),
         case("cgroups::io_weight", with(json!({ "blockIO": { "weight": 500 } }))).sees("cgroup").survives(),
@@ -61,9 +62,9 @@ pub fn all() -> Vec<Case> {
             .sees("cgroup").ours_refuses("linux.resources.network", "cgroup v2 has no net_cls and net_prio"),
         case("cgroups::rdma", with(json!({ "rdma": { "mlx5_1": { "hcaHandles": 3 } } })))
             .sees("cgroup").ours_refuses("linux.resources.rdma", "the machine has no RDMA device"),
-        case("cgroups::unified_of_no_controller", unified("cgroup.procs", "1")).sees("cgroup").beyond_runc("linux.resources.unified on v1").refused(&["unified"]),
-        case("cgroups::unified_with_a_path", unified("../memory.max", "1")).sees("cgroup").beyond_runc("linux.resources.unified on v1").refused(&["unified"]),
-        case("cgroups::unified_of_a_missing_file", unified("memory.nothing", "1")).sees("cgroup").beyond_runc("linux.resources.unified on v1").refused(&["memory.nothing"]),
+        case("cgroups::unified_of_no_controller", unified("cgroup.procs", "1")).sees("cgroup").beyond(When::CgroupV1).refused(&["unified"]),
+        case("cgroups::unified_with_a_path", unified("../memory.max", "1")).sees("cgroup").beyond(When::CgroupV1).refused(&["unified"]),
+        case("cgroups::unified_of_a_missing_file", unified("memory.nothing", "1")).sees("cgroup").beyond(When::CgroupV1).refused(&["memory.nothing"]),
         case("cgroups::a_resource_that_no_spec_knows", with(json!({ "gravity": { "limit": 1 } })))
             .sees("cgroup").ours_refuses("linux.resources.gravity", "an unknown limit is refused, never dropped"),
         case("cgroups::path_of_the_spec", json!({ "linux": { "cgroupsPath": "/conformance/elsewhere/$NAME" } })).sees("process,identity"),
@@ -72,7 +73,7 @@ pub fn all() -> Vec<Case> {
     // The same as `unified`, which runc knows on v2 alone.
     for (name, value) in [("memory.min", "8388608"), ("memory.low", "8388608"), ("memory.max", "67108864"), ("memory.oom.group", "1"),
         ("pids.max", "17"), ("cpu.max", "30000 60000"), ("cpu.weight", "77"), ("cpu.idle", "1"), ("cpuset.cpus", "0")] {
-        cases.push(case(&format!("cgroups::unified_{}", name.replace('.', "_")), unified(name, value)).cgroup(file(name, value)).beyond_runc("linux.resources.unified on v1"));
+        cases.push(case(&format!("cgroups::unified_{}", name.replace('.', "_")), unified(name, value)).cgroup(file(name, value)).beyond(When::CgroupV1));
     }
     cases
 }

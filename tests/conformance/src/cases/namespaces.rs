@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use crate::host::When;
 use crate::case::{Case, case};
 
 /// The base spec's namespaces with one left out, joined or added.
@@ -30,6 +31,11 @@ fn and(mut value: Value, patch: Value) -> Value {
     value
 }
 
+fn unnamed(mut value: Value) -> Value {
+    value["hostname"] = Value::Null;
+    value
+}
+
 /// The group.
 pub fn all() -> Vec<Case> {
     let ns = |kind: &str, whose: &str| json!({ "namespaces": { kind: whose } });
@@ -40,8 +46,8 @@ pub fn all() -> Vec<Case> {
     vec![
         case("namespaces::each_of_the_base_spec_is_its_own", json!({})).sees("namespaces,process,names,network").both(json!({
             "namespaces": { "pid": "its own", "ipc": "its own", "uts": "its own", "mnt": "its own", "net": "its own", "cgroup": "its own" } })),
-        case("namespaces::no_new_ipc", and(without("ipc"), json!({}))).sees("namespaces").both(ns("ipc", "the machine's")),
-        case("namespaces::no_new_uts", and(without("uts"), json!({ "hostname": null }))).sees("namespaces").both(ns("uts", "the machine's")),
+        case("namespaces::no_new_ipc", without("ipc")).sees("namespaces").both(ns("ipc", "the machine's")),
+        case("namespaces::no_new_uts", unnamed(without("uts"))).sees("namespaces").both(ns("uts", "the machine's")),
         case("namespaces::no_new_pid", without("pid")).sees("namespaces").both(ns("pid", "the machine's")),
         case("namespaces::no_new_cgroup", without("cgroup")).sees("namespaces").both(ns("cgroup", "the machine's")),
         case("namespaces::no_new_mount", without("mount")).sees("namespaces")
@@ -49,7 +55,7 @@ pub fn all() -> Vec<Case> {
         case("namespaces::no_new_network", without("network")).sees("namespaces")
             .ours_refuses("linux.namespaces", "the host's network is not inside the machine"),
         case("namespaces::ipc_of_the_pod", joined("ipc", "ipc")).sees("namespaces").both(ns("ipc", "the pod's")),
-        case("namespaces::uts_of_the_pod", and(joined("uts", "uts"), json!({ "hostname": null })))
+        case("namespaces::uts_of_the_pod", unnamed(joined("uts", "uts")))
             .sees("namespaces,names").both(json!({ "namespaces": { "uts": "the pod's" }, "names": { "host": "conformance" } })),
         case("namespaces::pid_of_the_pod", joined("pid", "pid")).sees("namespaces").both(ns("pid", "the pod's")),
         case("namespaces::network_of_the_pod", joined("network", "net")).sees("namespaces,network").both(ns("net", "the pod's")),
@@ -70,23 +76,23 @@ pub fn all() -> Vec<Case> {
         case("namespaces::hostname_of_65_bytes", json!({ "hostname": "x".repeat(65) })).sees("names").refused(&["hostname"]),
         case("namespaces::hostname_of_64_bytes", json!({ "hostname": "x".repeat(64) })).sees("names"),
         case("namespaces::domainname", json!({ "domainname": "example.org" }))
-            .sees("names").beyond_runc("domainname").ours(json!({ "names": { "domain": "example.org" } })),
+            .sees("names").beyond(When::OldRunc).ours(json!({ "names": { "domain": "example.org" } })),
         // user
         case("namespaces::user_with_mappings", userns.clone()).sees("namespaces,identity,capabilities")
             .both(json!({ "namespaces": { "user": "its own", "uid_map": ["0 100000 65536"], "gid_map": ["0 100000 65536"] } })),
         case("namespaces::user_without_mappings", json!({ "linux": { "namespaces+": [{ "type": "user" }] } }))
             .sees("namespaces").refused(&["uidMappings"]),
         case("namespaces::mappings_without_user", json!({ "linux": { "uidMappings": [{ "containerID": 0, "hostID": 100_000, "size": 65536 }] } }))
-            .sees("namespaces").refused(&["uidMappings"]),
+            .sees("namespaces").ours_refuses("linux.uidMappings", "mappings without a user namespace have nothing to map; runc drops them"),
         case("namespaces::mapping_of_a_user_inside", and(userns, json!({ "process": { "user": { "uid": 1000, "gid": 1000 } } })))
             .sees("namespaces,identity").both(json!({ "identity": { "uid": "1000 1000 1000 1000" } })),
         // time
         case("namespaces::time_with_offsets", json!({ "linux": { "namespaces+": [{ "type": "time" }],
             "timeOffsets": { "boottime": { "secs": 1000, "nanosecs": 5 }, "monotonic": { "secs": 500, "nanosecs": 0 } } } }))
-            .sees("namespaces").beyond_runc("linux.timeOffsets")
+            .sees("namespaces").beyond(When::OldRunc)
             .ours(json!({ "namespaces": { "time": "its own", "offsets": ["monotonic 500 0", "boottime 1000 5"] } })),
         case("namespaces::offsets_without_time", json!({ "linux": { "timeOffsets": { "boottime": { "secs": 1 } } } }))
-            .sees("namespaces").beyond_runc("linux.timeOffsets").refused(&["timeOffsets"]),
+            .sees("namespaces").beyond(When::OldRunc).refused(&["timeOffsets"]),
         // sysctl
         case("namespaces::sysctl_of_ipc", sysctl("kernel.msgmax", "12345")).sees("names /proc/sys/kernel/msgmax")
             .both(json!({ "paths": { "/proc/sys/kernel/msgmax": { "text": "12345\n" } } })),
@@ -111,10 +117,10 @@ pub fn all() -> Vec<Case> {
             .both(json!({ "names": { "domain": "dom.example" } })),
         // personality
         case("namespaces::personality_linux32", json!({ "linux": { "personality": { "domain": "LINUX32" } } }))
-            .sees("personality").beyond_runc("linux.personality").ours(json!({ "personality": "0x8" })),
+            .sees("personality").beyond(When::OldRunc).ours(json!({ "personality": "0x8" })),
         case("namespaces::personality_linux", json!({ "linux": { "personality": { "domain": "LINUX" } } }))
             .sees("personality").both(json!({ "personality": "0x0" })),
         case("namespaces::personality_with_flags", json!({ "linux": { "personality": { "domain": "LINUX", "flags": ["ADDR_NO_RANDOMIZE"] } } }))
-            .sees("personality").beyond_runc("linux.personality").survives(),
+            .sees("personality").beyond(When::OldRunc).survives(),
     ]
 }

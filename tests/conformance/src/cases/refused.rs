@@ -31,9 +31,9 @@ pub fn all() -> Vec<Case> {
             text.get(..text.len() / 2).unwrap_or_default().into()
         })
         .refused(&["config.json"]),
-        case("refused::uid_that_is_no_number", json!({})).sees("identity").raw(|spec| spec.to_string().replace("\"uid\":0", "\"uid\":\"root\"")).refused(&["uid"]),
-        case("refused::uid_below_0", json!({})).sees("identity").raw(|spec| spec.to_string().replace("\"uid\":0", "\"uid\":-1")).refused(&["uid"]),
-        case("refused::uid_above_32_bits", json!({})).sees("identity").raw(|spec| spec.to_string().replace("\"uid\":0", "\"uid\":4294967296")).refused(&["uid"]),
+        case("refused::uid_that_is_no_number", json!({})).sees("identity").raw(|spec| spec.to_string().replace("\"uid\":0", "\"uid\":\"root\"")).refused(&["\"root\""]),
+        case("refused::uid_below_0", json!({})).sees("identity").raw(|spec| spec.to_string().replace("\"uid\":0", "\"uid\":-1")).refused(&["-1"]),
+        case("refused::uid_above_32_bits", json!({})).sees("identity").raw(|spec| spec.to_string().replace("\"uid\":0", "\"uid\":4294967296")).refused(&["4294967296"]),
         case("refused::a_zero_byte_in_an_argument", json!({ "process": { "args": ["/probe", "a\u{0}b"] } })).refused(&["process.args"]),
         case("refused::a_zero_byte_in_the_environment", json!({ "process": { "env": ["A=\u{0}b"] } })).sees("identity").refused(&["process.env"]),
         case("refused::nulls_everywhere", json!({})).sees("identity").raw(|spec| {

@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use crate::host::When;
 use crate::case::{Case, case};
 
 fn profile(default: &str, rules: Value) -> Value {
@@ -65,9 +66,9 @@ pub fn all() -> Vec<Case> {
             .sees("syscalls").refused(&["seccomp"]),
         case("seccomp::unknown_operator", deny(json!({ "names": ["socket"], "action": "SCMP_ACT_ERRNO", "args": [{ "index": 0, "value": 1, "op": "SCMP_CMP_ISH" }] })))
             .sees("syscalls").refused(&["SCMP_CMP_ISH"]),
-        case("seccomp::flag_log", with(keyctl("SCMP_ACT_ERRNO"), "flags", json!(["SECCOMP_FILTER_FLAG_LOG"]))).sees("syscalls").both(is("keyctl", "EPERM")),
-        case("seccomp::flag_spec_allow", with(keyctl("SCMP_ACT_ERRNO"), "flags", json!(["SECCOMP_FILTER_FLAG_SPEC_ALLOW"]))).sees("syscalls").both(is("keyctl", "EPERM")),
-        case("seccomp::flag_tsync", with(keyctl("SCMP_ACT_ERRNO"), "flags", json!(["SECCOMP_FILTER_FLAG_TSYNC"]))).sees("syscalls").both(is("keyctl", "EPERM")),
+        case("seccomp::flag_log", with(keyctl("SCMP_ACT_ERRNO"), "flags", json!(["SECCOMP_FILTER_FLAG_LOG"]))).sees("syscalls").both(is("keyctl", "EPERM")).beyond(When::OldRunc),
+        case("seccomp::flag_spec_allow", with(keyctl("SCMP_ACT_ERRNO"), "flags", json!(["SECCOMP_FILTER_FLAG_SPEC_ALLOW"]))).sees("syscalls").both(is("keyctl", "EPERM")).beyond(When::OldRunc),
+        case("seccomp::flag_tsync", with(keyctl("SCMP_ACT_ERRNO"), "flags", json!(["SECCOMP_FILTER_FLAG_TSYNC"]))).sees("syscalls").both(is("keyctl", "EPERM")).beyond(When::OldRunc),
         case("seccomp::flag_unknown", with(keyctl("SCMP_ACT_ERRNO"), "flags", json!(["SECCOMP_FILTER_FLAG_MAGIC"]))).sees("syscalls").refused(&["SECCOMP_FILTER_FLAG_MAGIC"]),
         case("seccomp::without_no_new_privileges", {
             let mut patch = keyctl("SCMP_ACT_ERRNO");

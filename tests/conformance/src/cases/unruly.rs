@@ -72,5 +72,5 @@ fn exec_leaves(side: &Side, bundle: Bundle) -> Outcome<Value> {
     pod.kill("SIGKILL")?;
     client.wait()?;
     pod.delete()?;
-    Ok(json!({ "status": output.status, "container": status }))
+    Ok(json!({ "status": output.status, "container": status, "error": output.errors() }))
 }
