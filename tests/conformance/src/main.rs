@@ -50,6 +50,9 @@ struct Args {
     /// Print what each side saw.
     #[arg(long)]
     verbose: bool,
+    /// Start no case after so many seconds; what is left counts as skipped.
+    #[arg(long)]
+    seconds: Option<u64>,
     /// Write the report, in Markdown, to this file.
     #[arg(long)]
     report: Option<PathBuf>,
@@ -113,13 +116,19 @@ fn run(args: &Args, chosen: &[&Case], whole: bool) -> anyhow::Result<usize> {
     );
     let before = Snapshot::take(&suite.scope());
     let mut report = Report::new(&host);
+    let begin = Instant::now();
     {
         let runc = Side::new(Kind::Runc, &suite, &probe)?;
         let ours = Side::new(Kind::Bulkhead, &suite, &probe)?;
         for (index, case) in chosen.iter().enumerate() {
             let start = Instant::now();
             let log = suite.log_mark();
-            let end = judge(case, &host, &ours, &runc);
+            let late = args.seconds.is_some_and(|s| begin.elapsed().as_secs() >= s);
+            let end = if late {
+                Err(Failure::Skipped("out of time".into()))
+            } else {
+                judge(case, &host, &ours, &runc)
+            };
             report.add(case, start.elapsed(), index + 1, chosen.len(), &end, args.verbose);
             if args.verbose && matches!(end, Err(Failure::Failed(_))) {
                 let logs = suite.logs(log);

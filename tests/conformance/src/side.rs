@@ -8,7 +8,7 @@ use std::{
     fs,
     os::unix::fs::{PermissionsExt, symlink},
     path::{Path, PathBuf},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use bulkhead_harness::{Context, Failure, Outcome, Pod, Run, Running, Suite, failure::make_folder, failure::write};
