@@ -268,8 +268,14 @@ mod tests {
     #[test]
     fn a_patch_merges_appends_and_removes() {
         let mut value = json!({ "a": { "b": 1, "c": 2 }, "list": [1] });
-        apply(&mut value, &json!({ "a": { "b": null, "d": 3 }, "list+": [2], "new+": [9] }));
-        assert_eq!(value, json!({ "a": { "c": 2, "d": 3 }, "list": [1, 2], "new": [9] }));
+        apply(
+            &mut value,
+            &json!({ "a": { "b": null, "d": 3 }, "list+": [2], "new+": [9] }),
+        );
+        assert_eq!(
+            value,
+            json!({ "a": { "c": 2, "d": 3 }, "list": [1, 2], "new": [9] })
+        );
     }
 
     #[test]
@@ -282,7 +288,10 @@ mod tests {
     #[test]
     fn names_are_filled_in_everywhere() {
         let mut value = json!({ "path": "$ROOT/x", "list": ["$NAME"] });
-        fill_in(&mut value, &[("$ROOT", "/r".into()), ("$NAME", "c1".into())]);
+        fill_in(
+            &mut value,
+            &[("$ROOT", "/r".into()), ("$NAME", "c1".into())],
+        );
         assert_eq!(value, json!({ "path": "/r/x", "list": ["c1"] }));
     }
 }

@@ -40,11 +40,15 @@ pub fn differences(ours: &Value, runc: &Value) -> Vec<Difference> {
 
 fn walk(at: &mut Vec<String>, ours: &Value, runc: &Value, found: &mut Vec<Difference>) {
     if let (Value::Object(a), Value::Object(b)) = (ours, runc) {
-        let mut keys: Vec<&String> = a.keys().chain(b.keys().filter(|k| !a.contains_key(*k))).collect();
+        let mut keys: Vec<&String> = a
+            .keys()
+            .chain(b.keys().filter(|k| !a.contains_key(*k)))
+            .collect();
         keys.sort();
         for key in keys {
             at.push(key.clone());
-            let value = |map: &serde_json::Map<String, Value>| map.get(key).cloned().unwrap_or(Value::Null);
+            let value =
+                |map: &serde_json::Map<String, Value>| map.get(key).cloned().unwrap_or(Value::Null);
             walk(at, &value(a), &value(b), found);
             at.pop();
         }
@@ -88,7 +92,10 @@ mod tests {
 
     #[test]
     fn a_key_on_one_side_is_a_difference() {
-        let found = differences(&json!({ "a": 1, "b": { "c": 2 } }), &json!({ "a": 1, "b": {} }));
+        let found = differences(
+            &json!({ "a": 1, "b": { "c": 2 } }),
+            &json!({ "a": 1, "b": {} }),
+        );
         assert_eq!(found.len(), 1);
         assert_eq!(found[0].place(), "b.c");
         assert_eq!((&found[0].ours, &found[0].runc), (&json!(2), &Value::Null));
@@ -103,7 +110,10 @@ mod tests {
     fn what_is_wanted_must_be_there() {
         let seen = json!({ "a": { "b": 1, "c": 2 } });
         assert!(missing(&json!({ "a": { "b": 1 } }), &seen).is_empty());
-        assert_eq!(missing(&json!({ "a": { "b": 3 } }), &seen), ["a.b: 1, expected 3"]);
+        assert_eq!(
+            missing(&json!({ "a": { "b": 3 } }), &seen),
+            ["a.b: 1, expected 3"]
+        );
         assert_eq!(missing(&json!({ "x": 1 }), &seen).len(), 1);
     }
 }

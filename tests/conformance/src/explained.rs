@@ -18,34 +18,65 @@ struct Explained {
 }
 
 const fn entry(at: &'static [&'static str], why: &'static str) -> Explained {
-    Explained { at, cases: "", ours: "", when: When::Always, why }
+    Explained {
+        at,
+        cases: "",
+        ours: "",
+        when: When::Always,
+        why,
+    }
 }
 
 const fn within(cases: &'static str, at: &'static [&'static str], why: &'static str) -> Explained {
-    Explained { at, cases, ours: "", when: When::Always, why }
+    Explained {
+        at,
+        cases,
+        ours: "",
+        when: When::Always,
+        why,
+    }
 }
 
 const fn when(when: When, at: &'static [&'static str], why: &'static str) -> Explained {
-    Explained { at, cases: "", ours: "", when, why }
+    Explained {
+        at,
+        cases: "",
+        ours: "",
+        when,
+        why,
+    }
 }
 
 const fn seen(at: &'static [&'static str], ours: &'static str, why: &'static str) -> Explained {
-    Explained { at, cases: "", ours, when: When::Always, why }
+    Explained {
+        at,
+        cases: "",
+        ours,
+        when: When::Always,
+        why,
+    }
 }
 
-const V1: &str = "runc on this host mounts cgroup v1, a folder a controller; the guest has v2 on every host";
+const V1: &str =
+    "runc on this host mounts cgroup v1, a folder a controller; the guest has v2 on every host";
 const NO_FILE: &str = "a file of /proc or /sys that one of the two kernels does not have";
 const MASK: &str = "a masked file is covered by the guest's own /dev/null, read-only, where runc takes the container's";
 const MASK_FOLDER: &str = "a masked folder is covered by an empty read-only tmpfs, which here is nosuid, nodev and noexec as well";
 const FLAG: &str = "a read-only sysfs is made by a flag of the mount, where runc makes the file system itself read-only, which the \
                     kernel then shows for every later mount of it";
 const TMPFS_MODE: &str = "a tmpfs without mode takes that of the folder it covers: as an option here, by chmod after the mount in runc";
+const ORDER: &str = "a bind's source is cloned before the rootfs is made, so the kernel numbers and lists it first; what covers what is the same";
 const KERNEL: &str = "the two kernels differ in version and in what they are built with";
-const LIMITS: &str = "not in the spec: the machine's default, which the kernel takes from the machine's memory";
+const LIMITS: &str =
+    "not in the spec: the machine's default, which the kernel takes from the machine's memory";
 
 const TABLE: &[Explained] = &[
     // Files come from the host by virtio-fs.
-    seen(&["mounts", "at", "*", "type"], "virtiofs", "files of the host come into the machine by virtio-fs"),
+    seen(
+        &["mounts", "at", "*", "type"],
+        "virtiofs",
+        "files of the host come into the machine by virtio-fs",
+    ),
     // What is masked or read-only depends on what the kernel has.
     entry(&["mounts", "at", "/proc/acpi"], NO_FILE),
     entry(&["mounts", "at", "/proc/scsi"], NO_FILE),
@@ -63,27 +94,71 @@ const TABLE: &[Explained] = &[
     within("masked", &["mounts", "at", "/proc/version", "o*"], MASK),
     entry(&["mounts", "at", "/sys/firmware", "options"], MASK_FOLDER),
     within("masked", &["mounts", "at", "/etc", "options"], MASK_FOLDER),
-    within("masked", &["mounts", "at", "/etc#2", "options"], MASK_FOLDER),
-    within("masked", &["mounts", "at", "/proc/sys#2", "options"], MASK_FOLDER),
+    within(
+        "masked",
+        &["mounts", "at", "/etc#2", "options"],
+        MASK_FOLDER,
+    ),
+    within(
+        "masked",
+        &["mounts", "at", "/proc/sys#2", "options"],
+        MASK_FOLDER,
+    ),
     entry(&["mounts", "at", "/sys", "own"], FLAG),
     within("sysfs", &["mounts", "at", "/s", "own"], FLAG),
     within("sysfs_readonly", &["paths", "/sys"], NO_FILE),
     entry(&["mounts", "at", "/tmp", "own"], TMPFS_MODE),
     within("parent_after", &["mounts", "at", "/a", "own"], TMPFS_MODE),
-    within("nothing_optional", &["mounts", "at", "/dev", "own"], TMPFS_MODE),
-    within("a_later_mount_covers", &["paths", "/a", "mode"], "runc gives a tmpfs over a folder the folder's mode, even where the spec names one"),
-    within("rootfs_propagation_", &["mounts", "at"], "the propagation of the spec holds for the container's root, as the spec says; runc makes it private \
-                                                      again by pivot_root"),
+    within(
+        "nothing_optional",
+        &["mounts", "at", "/dev", "own"],
+        TMPFS_MODE,
+    ),
+    within(
+        "a_later_mount_covers",
+        &["paths", "/a", "mode"],
+        "runc gives a tmpfs over a folder the folder's mode, even where the spec names one",
+    ),
+    within("copy_up", &["mounts", "at", "/etc", "own"], TMPFS_MODE),
+    within("bind", &["mounts", "order"], ORDER),
+    within("the_same_source", &["mounts", "order"], ORDER),
+    within(
+        "rootfs_propagation_",
+        &["mounts", "at"],
+        "the propagation of the spec holds for the container's root, as the spec says; runc makes it private \
+                                                      again by pivot_root",
+    ),
     when(When::CgroupV1, &["mounts", "at", "/sys/fs/cgroup*"], V1),
     when(When::CgroupV1, &["cgroup"], V1),
     // Devices.
-    entry(&["access", "c 10:200"], "runc up to 1.1 lets every container use /dev/net/tun; the spec's default devices do not hold it"),
-    within("new_folder", &["paths", "/dev/net/tun"], "runc up to 1.1 lets every container use /dev/net/tun; the spec's default devices do not hold it"),
-    within("dev_is_a_link", &["devices"], "runc leaves /dev out of its set-up when it is a link"),
-    Explained { at: &["access"], cases: "devices::deny_one", ours: "", when: When::CgroupV1,
-        why: "cgroup v1 forgets the default rule to make nodes when a device is denied" },
-    Explained { at: &["access"], cases: "devices::default_devices_cannot", ours: "", when: When::CgroupV1,
-        why: "cgroup v1 forgets the default rule to make nodes when a device is denied" },
+    entry(
+        &["access", "c 10:200"],
+        "runc up to 1.1 lets every container use /dev/net/tun; the spec's default devices do not hold it",
+    ),
+    within(
+        "new_folder",
+        &["paths", "/dev/net/tun"],
+        "runc up to 1.1 lets every container use /dev/net/tun; the spec's default devices do not hold it",
+    ),
+    within(
+        "dev_is_a_link",
+        &["devices"],
+        "runc leaves /dev out of its set-up when it is a link",
+    ),
+    Explained {
+        at: &["access"],
+        cases: "devices::deny_one",
+        ours: "",
+        when: When::CgroupV1,
+        why: "cgroup v1 forgets the default rule to make nodes when a device is denied",
+    },
+    Explained {
+        at: &["access"],
+        cases: "devices::default_devices_cannot",
+        ours: "",
+        when: When::CgroupV1,
+        why: "cgroup v1 forgets the default rule to make nodes when a device is denied",
+    },
     // The machine is not the host.
     entry(&["syscalls", "acct"], KERNEL),
     entry(&["syscalls", "ioperm"], KERNEL),
@@ -97,14 +172,42 @@ const TABLE: &[Explained] = &[
     entry(&["syscalls", "bpf"], KERNEL),
     entry(&["rlimits", "NPROC"], LIMITS),
     entry(&["rlimits", "SIGPENDING"], LIMITS),
-    entry(&["rlimits", "NOFILE"], "not in the spec: the agent's own limit, where runc hands on containerd's"),
-    entry(&["oom"], "not in the spec: runc hands on the score of containerd's shim"),
-    within("nothing_optional", &["names", "host"], "without a host name in the spec it is the machine's"),
-    within("network_of_the_pod", &["namespaces", "net"], "each container has a network namespace of its own until the pod has a network"),
+    entry(
+        &["rlimits", "NOFILE"],
+        "not in the spec: the agent's own limit, where runc hands on containerd's",
+    ),
+    entry(
+        &["oom"],
+        "not in the spec: runc hands on the score of containerd's shim",
+    ),
+    within(
+        "nothing_optional",
+        &["names", "host"],
+        "without a host name in the spec it is the machine's",
+    ),
+    within(
+        "network_of_the_pod",
+        &["namespaces", "net"],
+        "each container has a network namespace of its own until the pod has a network",
+    ),
     // Numbers that are measured.
-    within("cpu_quota", &["percent"], "measured; both within 5 % of the quota"),
-    within("open_files", &["opened"], "descriptors that the runtime leaves open during the set-up are none of the program's"),
-    Explained { at: &["poststart", "status"], cases: "hooks::", ours: "", when: When::OldRunc, why: "runc up to 1.1 says `created` in poststart; the spec says `running`" },
+    within(
+        "cpu_quota",
+        &["percent"],
+        "measured; both within 5 % of the quota",
+    ),
+    within(
+        "open_files",
+        &["opened"],
+        "descriptors that the runtime leaves open during the set-up are none of the program's",
+    ),
+    Explained {
+        at: &["poststart", "status"],
+        cases: "hooks::",
+        ours: "",
+        when: When::OldRunc,
+        why: "runc up to 1.1 says `created` in poststart; the spec says `running`",
+    },
 ];
 
 /// Why a difference of a case is right.
@@ -114,7 +217,12 @@ pub fn of(host: &Host, case: &str, difference: &Difference) -> Option<&'static s
         .find(|entry| {
             case.contains(entry.cases)
                 && host.is(entry.when)
-                && (entry.ours.is_empty() || difference.ours.to_string().trim_matches('"').starts_with(entry.ours))
+                && (entry.ours.is_empty()
+                    || difference
+                        .ours
+                        .to_string()
+                        .trim_matches('"')
+                        .starts_with(entry.ours))
                 && matches(entry.at, &difference.at)
         })
         .map(|entry| entry.why)
@@ -122,17 +230,26 @@ pub fn of(host: &Host, case: &str, difference: &Difference) -> Option<&'static s
 
 fn matches(pattern: &[&str], at: &[String]) -> bool {
     pattern.len() <= at.len()
-        && pattern.iter().zip(at).all(|(wanted, key)| match wanted.strip_suffix('*') {
-            Some(start) => key.starts_with(start),
-            None => key == wanted,
-        })
+        && pattern
+            .iter()
+            .zip(at)
+            .all(|(wanted, key)| match wanted.strip_suffix('*') {
+                Some(start) => key.starts_with(start),
+                None => key == wanted,
+            })
 }
 
 /// What the product's own table of fields says of a field.
 pub fn of_field(host: &Host, field: &str) -> Option<String> {
     let rows = host.features.pointer("/fields")?.as_array()?;
-    let row = rows.iter().find(|row| row["path"].as_str() == Some(field))?;
-    Some(format!("{} ({})", row["how"].as_str()?, row["verdict"].as_str().unwrap_or("table of fields")))
+    let row = rows
+        .iter()
+        .find(|row| row["path"].as_str() == Some(field))?;
+    Some(format!(
+        "{} ({})",
+        row["how"].as_str()?,
+        row["verdict"].as_str().unwrap_or("table of fields")
+    ))
 }
 
 #[cfg(test)]
@@ -142,8 +259,14 @@ mod tests {
     #[test]
     fn a_star_matches_the_rest_of_a_key() {
         let at = |keys: &[&str]| keys.iter().map(ToString::to_string).collect::<Vec<_>>();
-        assert!(matches(&["mounts", "*", "type"], &at(&["mounts", "/", "type"])));
-        assert!(matches(&["mounts", "/sys*"], &at(&["mounts", "/sys/fs", "type"])));
+        assert!(matches(
+            &["mounts", "*", "type"],
+            &at(&["mounts", "/", "type"])
+        ));
+        assert!(matches(
+            &["mounts", "/sys*"],
+            &at(&["mounts", "/sys/fs", "type"])
+        ));
         assert!(!matches(&["mounts", "/"], &at(&["mounts", "/dev"])));
         assert!(!matches(&["a", "b"], &at(&["a"])));
     }

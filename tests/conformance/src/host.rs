@@ -43,7 +43,9 @@ impl Host {
             engine,
             cgroup_v2: Path::new("/sys/fs/cgroup/cgroup.controllers").exists(),
             runc: parse_version(&version).unwrap_or((0, 0)),
-            full_root: has_sys_resource(&std::fs::read_to_string("/proc/self/status").unwrap_or_default()),
+            full_root: has_sys_resource(
+                &std::fs::read_to_string("/proc/self/status").unwrap_or_default(),
+            ),
             features: serde_json::from_str(&features).unwrap_or(Value::Null),
         }
     }
@@ -67,7 +69,11 @@ fn has_sys_resource(status: &str) -> bool {
 }
 
 fn parse_version(text: &str) -> Option<(u32, u32)> {
-    let mut numbers = text.lines().next()?.strip_prefix("runc version ")?.split('.');
+    let mut numbers = text
+        .lines()
+        .next()?
+        .strip_prefix("runc version ")?
+        .split('.');
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
@@ -81,6 +87,9 @@ mod tests {
 
     #[test]
     fn debians_version_line_is_read() {
-        assert_eq!(super::parse_version("runc version 1.1.5+ds1\ncommit: x"), Some((1, 1)));
+        assert_eq!(
+            super::parse_version("runc version 1.1.5+ds1\ncommit: x"),
+            Some((1, 1))
+        );
     }
 }

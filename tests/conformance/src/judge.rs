@@ -44,7 +44,7 @@ pub fn judge<'a>(case: &Case, host: &Host, ours: &Side<'a>, runc: &Side<'a>) -> 
     let ends = run(case, ours, runc, alone);
     let dead: Vec<&str> = [ours, runc]
         .iter()
-        .filter(|side| !(alone && !side.is_ours()) && !side.pod_lives())
+        .filter(|side| (!alone || side.is_ours()) && !side.pod_lives())
         .map(|side| side.kind.name())
         .collect();
     let (our_end, runc_end) = ends?;
@@ -64,7 +64,9 @@ pub fn judge<'a>(case: &Case, host: &Host, ours: &Side<'a>, runc: &Side<'a>) -> 
             }
             said(&our_end, words)?;
             // A program that failed before its first word did not run either: runc sees some errors only at execve.
-            let ran = |end: &End| end.started && (end.seen["status"] == json!(0) || end.seen["view"] != json!(""));
+            let ran = |end: &End| {
+                end.started && (end.seen["status"] == json!(0) || end.seen["view"] != json!(""))
+            };
             if let Some(end) = runc_end.filter(ran) {
                 return Err(failed(format!("runc runs it: {}", end.seen)));
             }
@@ -92,7 +94,10 @@ pub fn judge<'a>(case: &Case, host: &Host, ours: &Side<'a>, runc: &Side<'a>) -> 
                     ours: json!(true),
                     runc: json!(end.error),
                 };
-                verdict.explained.push(Reason { difference, why: (*reason).into() });
+                verdict.explained.push(Reason {
+                    difference,
+                    why: (*reason).into(),
+                });
             }
         }
         Expect::Runs => compare(case, host, &our_end, runc_end.as_ref(), &mut verdict)?,
@@ -112,11 +117,19 @@ fn run(case: &Case, ours: &Side, runc: &Side, alone: bool) -> Outcome<(End, Opti
                 took: std::time::Duration::ZERO,
             };
             let our_end = end(code(ours, our_bundle.clone())?);
-            let runc_end = if alone { None } else { Some(end(code(runc, runc_bundle.clone())?)) };
+            let runc_end = if alone {
+                None
+            } else {
+                Some(end(code(runc, runc_bundle.clone())?))
+            };
             return Ok((our_end, runc_end));
         }
         let ours_runs = ours.spawn(&our_bundle)?;
-        let runc_runs = if alone { None } else { Some(runc.spawn(&runc_bundle)?) };
+        let runc_runs = if alone {
+            None
+        } else {
+            Some(runc.spawn(&runc_bundle)?)
+        };
         let our_end = ours.end(&our_bundle, ours_runs)?;
         let runc_end = match runc_runs {
             Some(running) => Some(runc.end(&runc_bundle, running)?),
@@ -130,7 +143,11 @@ fn run(case: &Case, ours: &Side, runc: &Side, alone: bool) -> Outcome<(End, Opti
 }
 
 fn told(end: &End) -> String {
-    let text = if end.started { end.seen["view"].to_string() } else { end.error.clone() };
+    let text = if end.started {
+        end.seen["view"].to_string()
+    } else {
+        end.error.clone()
+    };
     format!("{text} ({:.1} s)", end.took.as_secs_f64())
 }
 
@@ -138,11 +155,20 @@ fn told(end: &End) -> String {
 fn said(end: &End, words: &[&str]) -> Outcome {
     match words.iter().find(|word| !end.error.contains(**word)) {
         None => Ok(()),
-        Some(word) => Err(failed(format!("the error does not say `{word}`: {}", end.error))),
+        Some(word) => Err(failed(format!(
+            "the error does not say `{word}`: {}",
+            end.error
+        ))),
     }
 }
 
-fn compare(case: &Case, host: &Host, ours: &End, runc: Option<&End>, verdict: &mut Verdict) -> Outcome {
+fn compare(
+    case: &Case,
+    host: &Host,
+    ours: &End,
+    runc: Option<&End>,
+    verdict: &mut Verdict,
+) -> Outcome {
     let mut wrong = Vec::new();
     for (name, end) in [("Bulkhead", Some(ours)), ("runc", runc)] {
         let Some(end) = end else { continue };
@@ -161,11 +187,14 @@ fn compare(case: &Case, host: &Host, ours: &End, runc: Option<&End>, verdict: &m
         wrong.extend(lines.into_iter().map(|line| format!("{name}: {line}")));
     }
     if let Some(runc) = runc
-        && !(case.needs_v2 && !host.cgroup_v2)
+        && (!case.needs_v2 || host.cgroup_v2)
     {
         for difference in differences(&ours.seen["view"], &runc.seen["view"]) {
             match explained::of(host, &case.name, &difference) {
-                Some(why) => verdict.explained.push(Reason { difference, why: why.into() }),
+                Some(why) => verdict.explained.push(Reason {
+                    difference,
+                    why: why.into(),
+                }),
                 None if ours.started && runc.started => wrong.push(format!(
                     "unexplained: {}: Bulkhead {}, runc {}",
                     difference.place(),
@@ -176,5 +205,9 @@ fn compare(case: &Case, host: &Host, ours: &End, runc: Option<&End>, verdict: &m
             }
         }
     }
-    if wrong.is_empty() { Ok(()) } else { Err(failed(wrong.join("\n         "))) }
+    if wrong.is_empty() {
+        Ok(())
+    } else {
+        Err(failed(wrong.join("\n         ")))
+    }
 }

@@ -3,9 +3,7 @@
 
 use std::{path::PathBuf, process::ExitCode, time::Instant};
 
-use bulkhead_harness::{
-    Engine, Failure, Outcome, Scale, Suite, leaks::Snapshot, suite::Options,
-};
+use bulkhead_harness::{Engine, Failure, Outcome, Scale, Suite, leaks::Snapshot, suite::Options};
 use clap::{Parser, ValueEnum};
 
 mod case;
@@ -129,7 +127,14 @@ fn run(args: &Args, chosen: &[&Case], whole: bool) -> anyhow::Result<usize> {
             } else {
                 judge(case, &host, &ours, &runc)
             };
-            report.add(case, start.elapsed(), index + 1, chosen.len(), &end, args.verbose);
+            report.add(
+                case,
+                start.elapsed(),
+                index + 1,
+                chosen.len(),
+                &end,
+                args.verbose,
+            );
             if args.verbose && matches!(end, Err(Failure::Failed(_))) {
                 let logs = suite.logs(log);
                 println!("{}", bulkhead_harness::command::tail(&logs, 4000));

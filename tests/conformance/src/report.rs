@@ -35,17 +35,33 @@ impl Report {
             host.runc.1,
             if host.cgroup_v2 { "v2" } else { "v1" }
         );
-        Self { head, rows: Vec::new(), leaks: Vec::new() }
+        Self {
+            head,
+            rows: Vec::new(),
+            leaks: Vec::new(),
+        }
     }
 
     /// Adds a case and prints its line.
-    pub fn add(&mut self, case: &Case, took: Duration, index: usize, count: usize, end: &End, verbose: bool) {
+    pub fn add(
+        &mut self,
+        case: &Case,
+        took: Duration,
+        index: usize,
+        count: usize,
+        end: &End,
+        verbose: bool,
+    ) {
         let (word, text) = match end {
             Ok(_) => ("ok", String::new()),
             Err(Failure::Skipped(text)) => ("skip", text.clone()),
             Err(Failure::Failed(text)) => ("FAIL", text.clone()),
         };
-        println!("{index:>3}/{count} {word:<4} {:<72} {:>7.2} s", case.name, took.as_secs_f64());
+        println!(
+            "{index:>3}/{count} {word:<4} {:<72} {:>7.2} s",
+            case.name,
+            took.as_secs_f64()
+        );
         if !text.is_empty() {
             println!("         {text}");
         }
@@ -65,11 +81,17 @@ impl Report {
                 .iter()
                 .map(|reason| {
                     let d = &reason.difference;
-                    (format!("{}: Bulkhead {}, runc {}", d.place(), d.ours, d.runc), reason.why.clone())
+                    (
+                        format!("{}: Bulkhead {}, runc {}", d.place(), d.ours, d.runc),
+                        reason.why.clone(),
+                    )
                 })
                 .collect();
             if verbose {
-                println!("         bulkhead: {}\n         runc:     {}", row.ours, row.runc);
+                println!(
+                    "         bulkhead: {}\n         runc:     {}",
+                    row.ours, row.runc
+                );
                 for (what, why) in &row.explained {
                     println!("         explained: {what} ({why})");
                 }
@@ -104,8 +126,17 @@ impl Report {
         for row in self.rows.iter().filter(|row| row.word == "FAIL") {
             println!("failed: {}", row.name);
         }
-        println!("{} cases, {} explained differences", self.rows.len(), self.explained());
-        println!("{} passed, {} failed, {} skipped", self.count("ok"), self.failed(), self.count("skip"));
+        println!(
+            "{} cases, {} explained differences",
+            self.rows.len(),
+            self.explained()
+        );
+        println!(
+            "{} passed, {} failed, {} skipped",
+            self.count("ok"),
+            self.failed(),
+            self.count("skip")
+        );
     }
 
     /// The report.
@@ -122,14 +153,21 @@ impl Report {
         );
         text.push_str("\n## Limits and filters that were run into\n\n| case | Bulkhead | runc |\n|---|---|---|\n");
         for row in self.rows.iter().filter(|row| row.name.contains(BITES)) {
-            let (ours, runc) = if row.word == "ok" { (cell(&row.ours), cell(&row.runc)) } else { (cell(&row.text), String::new()) };
+            let (ours, runc) = if row.word == "ok" {
+                (cell(&row.ours), cell(&row.runc))
+            } else {
+                (cell(&row.text), String::new())
+            };
             let _ = writeln!(text, "| {} | {ours} | {runc} |", row.name);
         }
         text.push_str("\n## Differences and their reasons\n\n");
         let mut by_reason: BTreeMap<&str, Vec<String>> = BTreeMap::new();
         for row in &self.rows {
             for (what, why) in &row.explained {
-                by_reason.entry(why).or_default().push(format!("`{}`: {}", row.name, cell(what)));
+                by_reason
+                    .entry(why)
+                    .or_default()
+                    .push(format!("`{}`: {}", row.name, cell(what)));
             }
         }
         for (why, places) in by_reason {
@@ -143,7 +181,11 @@ impl Report {
         }
         text.push_str("\n## Cases\n\n| case | end | explained |\n|---|---|---|\n");
         for row in &self.rows {
-            let end = if row.text.is_empty() { row.word.into() } else { format!("{}: {}", row.word, cell(&row.text)) };
+            let end = if row.text.is_empty() {
+                row.word.into()
+            } else {
+                format!("{}: {}", row.word, cell(&row.text))
+            };
             let _ = writeln!(text, "| {} | {end} | {} |", row.name, row.explained.len());
         }
         for leak in &self.leaks {
@@ -156,5 +198,9 @@ impl Report {
 /// Text that fits into a cell.
 fn cell(text: &str) -> String {
     let one = text.replace('\n', " ").replace('|', "\\|");
-    if one.len() > 300 { format!("…{}", tail(&one, 300)) } else { one }
+    if one.len() > 300 {
+        format!("…{}", tail(&one, 300))
+    } else {
+        one
+    }
 }

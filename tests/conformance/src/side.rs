@@ -11,7 +11,9 @@ use std::{
     time::Duration,
 };
 
-use bulkhead_harness::{Context, Failure, Outcome, Pod, Run, Running, Suite, failure::make_folder, failure::write};
+use bulkhead_harness::{
+    Context, Failure, Outcome, Pod, Run, Running, Suite, failure::make_folder, failure::write,
+};
 use serde_json::{Map, Value, json};
 
 use crate::case::{Case, Fixture, apply, base, fill_in};
@@ -176,11 +178,17 @@ impl<'a> Side<'a> {
         let name = self.pod_name();
         let names = self.names(&name, &root, &folder, 0);
         fill_in(&mut spec, &names);
-        let (pod, client) = self.start(&name, &spec)?.attach()?;
+        // The client waits for as long as the suite runs.
+        let (pod, client) = self.start(&name, &spec)?.seconds(86_400).attach()?;
         client.wait_for("}\n", self.suite.scale.seconds(40))?;
         let view = serde_json::from_str(client.stdout().trim()).context("parse the pod's view")?;
         let (pid, _) = pod.status()?.context("the pod has no status")?;
-        *self.pod.borrow_mut() = Some(Held { pod, client, pid, view });
+        *self.pod.borrow_mut() = Some(Held {
+            pod,
+            client,
+            pid,
+            view,
+        });
         Ok(())
     }
 
@@ -200,7 +208,13 @@ impl<'a> Side<'a> {
         let _ = held.pod.delete();
     }
 
-    fn names(&self, name: &str, root: &Path, folder: &Path, pid: u32) -> [(&'static str, String); 5] {
+    fn names(
+        &self,
+        name: &str,
+        root: &Path,
+        folder: &Path,
+        pid: u32,
+    ) -> [(&'static str, String); 5] {
         [
             ("$ROOT", root.to_string_lossy().into_owned()),
             ("$DIR", folder.to_string_lossy().into_owned()),
@@ -248,19 +262,27 @@ impl<'a> Side<'a> {
                 Fixture::Link(path, target) => {
                     let path = real(path);
                     let _ = fs::remove_dir(&path);
-                    symlink(real(target), &path).context(format_args!("link {}", path.display()))?;
+                    symlink(real(target), &path)
+                        .context(format_args!("link {}", path.display()))?;
                 }
             }
         }
         let mut spec = base();
-        let args: Vec<&str> = std::iter::once("/probe").chain(case.args.iter().map(String::as_str)).collect();
+        let args: Vec<&str> = std::iter::once("/probe")
+            .chain(case.args.iter().map(String::as_str))
+            .collect();
         spec["process"]["args"] = json!(args);
         apply(&mut spec, &case.patch);
         fill_in(&mut spec, &names);
         if let Some(text) = case.raw {
             write(self.raw.join(format!("{name}.json")), text(&spec))?;
         }
-        Ok(Bundle { name, spec, root, folder })
+        Ok(Bundle {
+            name,
+            spec,
+            root,
+            folder,
+        })
     }
 
     /// Removes what a bundle left on the disk.
@@ -277,7 +299,9 @@ impl<'a> Side<'a> {
         if !raw.exists() {
             write(&raw, spec.to_string())?;
         }
-        Ok(Run::of_spec(self.suite, spec)?.named(name).runtime(self.kind.runtime()))
+        Ok(Run::of_spec(self.suite, spec)?
+            .named(name)
+            .runtime(self.kind.runtime()))
     }
 
     /// Starts a bundle's container with the client attached.
@@ -325,9 +349,14 @@ impl<'a> Side<'a> {
         };
         for (kind, value) in map {
             let Some(text) = value.as_str() else { continue };
-            let number = text.split(['[', ']']).nth(1).and_then(|n| n.parse::<u64>().ok());
+            let number = text
+                .split(['[', ']'])
+                .nth(1)
+                .and_then(|n| n.parse::<u64>().ok());
             let Some(number) = number else { continue };
-            let pods = pod.as_ref().and_then(|held| held.view["namespaces"][kind].as_str());
+            let pods = pod
+                .as_ref()
+                .and_then(|held| held.view["namespaces"][kind].as_str());
             *value = if INITIAL.contains(&(kind, number)) {
                 json!("the machine's")
             } else if pods == Some(text) {
@@ -350,7 +379,10 @@ impl<'a> Side<'a> {
 
     /// Sends a signal to a container's first process.
     pub fn kill(&self, name: &str, signal: &str) -> Outcome {
-        self.suite.ctr(["task", "kill", "-s", signal, name]).output()?.ok()?;
+        self.suite
+            .ctr(["task", "kill", "-s", signal, name])
+            .output()?
+            .ok()?;
         Ok(())
     }
 }

@@ -26,12 +26,20 @@ pub fn hold(sections: &str) -> i32 {
 
 /// Does `action` and prints how it ended.
 pub fn act(action: &str, words: &[&str]) -> i32 {
-    let number = |place: usize| words.get(place).and_then(|w| w.parse::<u64>().ok()).unwrap_or(0);
+    let number = |place: usize| {
+        words
+            .get(place)
+            .and_then(|w| w.parse::<u64>().ok())
+            .unwrap_or(0)
+    };
     let word = |place: usize| words.get(place).copied().unwrap_or("");
     let told = match action {
         "exit" => return i32::try_from(number(0)).unwrap_or(1),
         "raise" => {
-            sys::kill(std::process::id().cast_signed(), i32::try_from(number(0)).unwrap_or(0));
+            sys::kill(
+                std::process::id().cast_signed(),
+                i32::try_from(number(0)).unwrap_or(0),
+            );
             std::thread::sleep(Duration::from_secs(1));
             json!("alive")
         }
@@ -181,7 +189,11 @@ fn spin(wanted: u64, processes: u64) -> Value {
 
 fn cpu_time(pid: i32) -> f64 {
     let text = see::read(&format!("/proc/{pid}/schedstat")).unwrap_or_default();
-    let nanoseconds: f64 = text.split(' ').next().and_then(|n| n.parse().ok()).unwrap_or(0.0);
+    let nanoseconds: f64 = text
+        .split(' ')
+        .next()
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(0.0);
     nanoseconds / 1e9
 }
 

@@ -26,7 +26,13 @@ pub fn nodes() -> Value {
         } else if kind.is_dir() {
             json!({ "folder": mode })
         } else {
-            let letter = if kind.is_char_device() { 'c' } else if kind.is_block_device() { 'b' } else { 'p' };
+            let letter = if kind.is_char_device() {
+                'c'
+            } else if kind.is_block_device() {
+                'b'
+            } else {
+                'p'
+            };
             let (major, minor) = (libc::major(meta.rdev()), libc::minor(meta.rdev()));
             let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
             json!({
@@ -44,19 +50,44 @@ pub fn nodes() -> Value {
 pub fn access() -> Value {
     let mut all = Map::new();
     for (letter, major, minor) in [
-        ('c', 1, 3), ('c', 1, 5), ('c', 1, 8), ('c', 1, 1), ('c', 1, 11), ('c', 4, 1), ('c', 5, 1), ('c', 5, 2),
-        ('c', 10, 200), ('c', 10, 229), ('c', 10, 232), ('c', 136, 250), ('c', 250, 7), ('b', 7, 0), ('b', 8, 0),
-        ('b', 8, 1), ('b', 240, 0), ('b', 240, 1),
+        ('c', 1, 3),
+        ('c', 1, 5),
+        ('c', 1, 8),
+        ('c', 1, 1),
+        ('c', 1, 11),
+        ('c', 4, 1),
+        ('c', 5, 1),
+        ('c', 5, 2),
+        ('c', 10, 200),
+        ('c', 10, 229),
+        ('c', 10, 232),
+        ('c', 136, 250),
+        ('c', 250, 7),
+        ('b', 7, 0),
+        ('b', 8, 0),
+        ('b', 8, 1),
+        ('b', 240, 0),
+        ('b', 240, 1),
     ] {
         let path = format!("/dev/.probe-{letter}-{major}-{minor}");
-        let mode = if letter == 'c' { libc::S_IFCHR } else { libc::S_IFBLK };
-        let made = sys::mknod(&path, mode | 0o600, major, minor);
-        let allowed = |flags| match sys::open(&path, flags | libc::O_NONBLOCK | libc::O_NOCTTY).as_str() {
-            "EPERM" => "denied",
-            "ENOENT" => "no node",
-            _ => "allowed",
+        let mode = if letter == 'c' {
+            libc::S_IFCHR
+        } else {
+            libc::S_IFBLK
         };
-        let seen = json!([made, allowed(libc::O_RDONLY), allowed(libc::O_WRONLY), allowed(libc::O_RDWR)]);
+        let made = sys::mknod(&path, mode | 0o600, major, minor);
+        let allowed =
+            |flags| match sys::open(&path, flags | libc::O_NONBLOCK | libc::O_NOCTTY).as_str() {
+                "EPERM" => "denied",
+                "ENOENT" => "no node",
+                _ => "allowed",
+            };
+        let seen = json!([
+            made,
+            allowed(libc::O_RDONLY),
+            allowed(libc::O_WRONLY),
+            allowed(libc::O_RDWR)
+        ]);
         let _ = fs::remove_file(&path);
         all.insert(format!("{letter} {major}:{minor}"), seen);
     }

@@ -89,8 +89,22 @@ fn capabilities() -> Value {
 
 fn rlimits() -> Value {
     let names = [
-        "CPU", "FSIZE", "DATA", "STACK", "CORE", "RSS", "NPROC", "NOFILE", "MEMLOCK", "AS",
-        "LOCKS", "SIGPENDING", "MSGQUEUE", "NICE", "RTPRIO", "RTTIME",
+        "CPU",
+        "FSIZE",
+        "DATA",
+        "STACK",
+        "CORE",
+        "RSS",
+        "NPROC",
+        "NOFILE",
+        "MEMLOCK",
+        "AS",
+        "LOCKS",
+        "SIGPENDING",
+        "MSGQUEUE",
+        "NICE",
+        "RTPRIO",
+        "RTTIME",
     ];
     let text = |value: u64| match value {
         libc::RLIM_INFINITY => "max".to_owned(),
@@ -183,9 +197,7 @@ fn words(text: &str) -> Vec<&str> {
 }
 
 fn namespaces() -> Value {
-    let kinds = [
-        "cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts",
-    ];
+    let kinds = ["cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts"];
     let mut all: Map<String, Value> = kinds
         .iter()
         .map(|kind| {
@@ -219,7 +231,10 @@ fn cgroup() -> Value {
     if !fs::exists(format!("{root}/cgroup.controllers")).unwrap_or(false) {
         return cgroup_v1(root, &own);
     }
-    let path = own.lines().find_map(|l| l.strip_prefix("0::")).unwrap_or("/");
+    let path = own
+        .lines()
+        .find_map(|l| l.strip_prefix("0::"))
+        .unwrap_or("/");
     let nested = format!("{root}{path}");
     let folder = if fs::exists(format!("{nested}/cgroup.procs")).unwrap_or(false) {
         nested.trim_end_matches('/')
@@ -228,9 +243,24 @@ fn cgroup() -> Value {
     };
     let mut all = Map::new();
     for file in [
-        "cpu.max", "cpu.max.burst", "cpu.weight", "cpu.idle", "cpuset.cpus", "cpuset.mems", "memory.max",
-        "memory.low", "memory.high", "memory.min", "memory.swap.max", "memory.oom.group", "pids.max", "io.weight",
-        "io.bfq.weight", "io.max", "hugetlb.2MB.max", "hugetlb.1GB.max",
+        "cpu.max",
+        "cpu.max.burst",
+        "cpu.weight",
+        "cpu.idle",
+        "cpuset.cpus",
+        "cpuset.mems",
+        "memory.max",
+        "memory.low",
+        "memory.high",
+        "memory.min",
+        "memory.swap.max",
+        "memory.oom.group",
+        "pids.max",
+        "io.weight",
+        "io.bfq.weight",
+        "io.max",
+        "hugetlb.2MB.max",
+        "hugetlb.1GB.max",
     ] {
         if let Some(text) = read(&format!("{folder}/{file}")) {
             all.insert(file.into(), json!(text));
@@ -248,11 +278,17 @@ fn cgroup_v1(root: &str, own: &str) -> Value {
         let path = own.lines().find_map(|line| {
             let mut fields = line.splitn(3, ':').skip(1);
             let names = fields.next()?;
-            names.split(',').any(|n| n == controller).then(|| fields.next())?
+            names
+                .split(',')
+                .any(|n| n == controller)
+                .then(|| fields.next())?
         })?;
-        [format!("{root}/{controller}{path}/{file}"), format!("{root}/{controller}/{file}")]
-            .iter()
-            .find_map(|candidate| read(candidate))
+        [
+            format!("{root}/{controller}{path}/{file}"),
+            format!("{root}/{controller}/{file}"),
+        ]
+        .iter()
+        .find_map(|candidate| read(candidate))
     };
     let bytes = |text: String| match text.parse::<u64>() {
         // v1 says "no limit" with the largest number of pages.
@@ -267,8 +303,14 @@ fn cgroup_v1(root: &str, own: &str) -> Value {
     };
     let quota = find("cpu", "cpu.cfs_quota_us").map(|q| if q == "-1" { "max".into() } else { q });
     let period = find("cpu", "cpu.cfs_period_us");
-    put("cpu.max", quota.zip(period).map(|(q, p)| format!("{q} {p}")));
-    put("memory.max", find("memory", "memory.limit_in_bytes").map(bytes));
+    put(
+        "cpu.max",
+        quota.zip(period).map(|(q, p)| format!("{q} {p}")),
+    );
+    put(
+        "memory.max",
+        find("memory", "memory.limit_in_bytes").map(bytes),
+    );
     put("pids.max", find("pids", "pids.max"));
     put("cpuset.cpus", find("cpuset", "cpuset.cpus"));
     put("cpuset.mems", find("cpuset", "cpuset.mems"));
@@ -347,7 +389,13 @@ fn terminal() -> Value {
         None => Value::Null,
     });
     let tty = read("/proc/self/stat").unwrap_or_default();
-    let number = tty.rsplit(')').next().unwrap_or("").split_whitespace().nth(4).map(|n| n != "0");
+    let number = tty
+        .rsplit(')')
+        .next()
+        .unwrap_or("")
+        .split_whitespace()
+        .nth(4)
+        .map(|n| n != "0");
     json!({ "sizes": all.collect::<Vec<_>>(), "controls": number, "dev_tty": sys::open("/dev/tty", libc::O_RDWR) })
 }
 
@@ -386,11 +434,17 @@ fn path(path: &str) -> Value {
     let kind = meta.file_type();
     let mut seen = Map::new();
     let mut put = |key: &str, value: Value| seen.insert(key.into(), value);
-    put("mode", json!(format!("{:o}", meta.permissions().mode() & 0o7777)));
+    put(
+        "mode",
+        json!(format!("{:o}", meta.permissions().mode() & 0o7777)),
+    );
     put("owner", json!(format!("{}:{}", meta.uid(), meta.gid())));
     if kind.is_symlink() {
         let target = fs::read_link(path).unwrap_or_default();
-        put("link", json!(String::from_utf8_lossy(target.as_os_str().as_bytes())));
+        put(
+            "link",
+            json!(String::from_utf8_lossy(target.as_os_str().as_bytes())),
+        );
     } else if kind.is_dir() {
         put("kind", json!("folder"));
         let entries = fs::read_dir(path);
@@ -428,9 +482,28 @@ fn path(path: &str) -> Value {
             "socket"
         };
         put("kind", json!(name));
-        put("device", json!(format!("{}:{}", libc::major(meta.rdev()), libc::minor(meta.rdev()))));
-        put("read", json!(sys::open(path, libc::O_RDONLY | libc::O_NONBLOCK | libc::O_NOCTTY)));
-        put("write", json!(sys::open(path, libc::O_WRONLY | libc::O_NONBLOCK | libc::O_NOCTTY)));
+        put(
+            "device",
+            json!(format!(
+                "{}:{}",
+                libc::major(meta.rdev()),
+                libc::minor(meta.rdev())
+            )),
+        );
+        put(
+            "read",
+            json!(sys::open(
+                path,
+                libc::O_RDONLY | libc::O_NONBLOCK | libc::O_NOCTTY
+            )),
+        );
+        put(
+            "write",
+            json!(sys::open(
+                path,
+                libc::O_WRONLY | libc::O_NONBLOCK | libc::O_NOCTTY
+            )),
+        );
     }
     seen.into()
 }

@@ -28,20 +28,44 @@ const CALLS: &[(&str, i64, [usize; 5])] = &[
     ("kcmp", libc::SYS_kcmp, [NONE, NONE, 99, 0, 0]),
     ("kexec_load", libc::SYS_kexec_load, [0, 99, 0, NONE, 0]),
     ("keyctl", libc::SYS_keyctl, [NONE, 0, 0, 0, 0]),
-    ("landlock_create_ruleset", libc::SYS_landlock_create_ruleset, [0, 0, 99, 0, 0]),
+    (
+        "landlock_create_ruleset",
+        libc::SYS_landlock_create_ruleset,
+        [0, 0, 99, 0, 0],
+    ),
     ("lookup_dcookie", libc::SYS_lookup_dcookie, [0, 0, 0, 0, 0]),
     ("mbind", libc::SYS_mbind, [1, 1, 99, 0, 0]),
     ("membarrier", libc::SYS_membarrier, [0, 0, 0, 0, 0]),
     ("mount", libc::SYS_mount, [0, 0, 0, 0, 0]),
-    ("mount_setattr", libc::SYS_mount_setattr, [NONE, 0, NONE, 0, 0]),
+    (
+        "mount_setattr",
+        libc::SYS_mount_setattr,
+        [NONE, 0, NONE, 0, 0],
+    ),
     ("move_mount", libc::SYS_move_mount, [NONE, 0, NONE, 0, NONE]),
-    ("name_to_handle_at", libc::SYS_name_to_handle_at, [NONE, 0, 0, 0, NONE]),
-    ("open_by_handle_at", libc::SYS_open_by_handle_at, [NONE, 0, 0, 0, 0]),
+    (
+        "name_to_handle_at",
+        libc::SYS_name_to_handle_at,
+        [NONE, 0, 0, 0, NONE],
+    ),
+    (
+        "open_by_handle_at",
+        libc::SYS_open_by_handle_at,
+        [NONE, 0, 0, 0, 0],
+    ),
     ("open_tree", libc::SYS_open_tree, [NONE, 0, NONE, 0, 0]),
-    ("perf_event_open", libc::SYS_perf_event_open, [0, 0, 0, 0, 0]),
+    (
+        "perf_event_open",
+        libc::SYS_perf_event_open,
+        [0, 0, 0, 0, 0],
+    ),
     ("pidfd_open", libc::SYS_pidfd_open, [0, 0, 0, 0, 0]),
     ("pivot_root", libc::SYS_pivot_root, [0, 0, 0, 0, 0]),
-    ("process_vm_readv", libc::SYS_process_vm_readv, [NONE, 0, 0, 0, 0]),
+    (
+        "process_vm_readv",
+        libc::SYS_process_vm_readv,
+        [NONE, 0, 0, 0, 0],
+    ),
     ("ptrace", libc::SYS_ptrace, [16, NONE, 0, 0, 0]),
     ("quotactl", libc::SYS_quotactl, [NONE, 0, 0, 0, 0]),
     ("reboot", libc::SYS_reboot, [0, 0, 0, 0, 0]),
@@ -62,7 +86,11 @@ const CALLS: &[(&str, i64, [usize; 5])] = &[
     ("socket netlink", libc::SYS_socket, [16, 3, 0, 0, 0]),
     ("socket unix", libc::SYS_socket, [1, 1, 0, 0, 0]),
     ("unshare user", libc::SYS_unshare, [0x1000_0000, 0, 0, 0, 0]),
-    ("unshare mount", libc::SYS_unshare, [0x0002_0000, 0, 0, 0, 0]),
+    (
+        "unshare mount",
+        libc::SYS_unshare,
+        [0x0002_0000, 0, 0, 0, 0],
+    ),
 ];
 
 /// One call by name.

@@ -9,6 +9,8 @@ use crate::{
 };
 
 /// The group.
+// A table: one case a line where it fits.
+#[rustfmt::skip]
 pub fn all() -> Vec<Case> {
     let with = |value: Value| json!({ "linux": { "resources": value } });
     let limit = |name: &str, value: u64| json!({ "process": { "rlimits": [{ "type": name, "soft": value, "hard": value }] } });

@@ -2,10 +2,12 @@
 
 use serde_json::{Value, json};
 
-use crate::host::When;
 use crate::case::{Case, case};
+use crate::host::When;
 
 /// The group.
+// A table: one case a line where it fits.
+#[rustfmt::skip]
 pub fn all() -> Vec<Case> {
     let with = |value: Value| json!({ "linux": { "resources": value } });
     let file = |name: &str, value: &str| json!({ name: value });

@@ -22,6 +22,8 @@ fn inner(name: &str, code: u32) -> Value {
 }
 
 /// The group.
+// A table: one case a line where it fits.
+#[rustfmt::skip]
 pub fn all() -> Vec<Case> {
     let hooks = |name: &str, list: Value| json!({ "hooks": { name: list } });
     let ran = |name: &str, status: &str| json!({ name: { "ran": true, "status": status, "more": "hello 1" } });

@@ -15,10 +15,11 @@ use crate::{
     side::{Bundle, Side},
 };
 
-const OVER_PROC: &str = "runc's rule protects labels of security modules in the host's /proc, which the guest has none of";
 const LINK: &str = "a link of the image is followed inside the rootfs and nowhere else; runc refuses a link at this place";
 
 /// The group.
+// A table: one case a line where it fits.
+#[rustfmt::skip]
 pub fn all() -> Vec<Case> {
     let tmpfs = |to: &str| json!({ "mounts+": [{ "type": "tmpfs", "source": "tmpfs", "destination": to }] });
     let bind = |to: &str| json!({ "mounts+": [{ "type": "bind", "source": "$DIR", "destination": to, "options": ["bind"] }] });
@@ -41,10 +42,10 @@ pub fn all() -> Vec<Case> {
         case("hostile::a_thousand_mounts", many(1000)).sees("identity"),
         case("hostile::ten_thousand_mounts", many(10_000)).sees("identity").code(patiently),
         case("hostile::tmpfs_over_proc", tmpfs("/proc")).sees("names").survives(),
-        case("hostile::tmpfs_inside_proc", tmpfs("/proc/self")).sees("names").runc_refuses(OVER_PROC),
+        case("hostile::tmpfs_inside_proc", tmpfs("/proc/self")).sees("names").refused(&["/proc"]),
         case("hostile::tmpfs_over_sys_of_proc", tmpfs("/proc/sys/kernel")).sees("names").survives(),
-        case("hostile::bind_over_proc", bind("/proc")).sees("names").runc_refuses(OVER_PROC),
-        case("hostile::bind_over_a_file_of_proc", bind("/proc/self/attr")).sees("names").runc_refuses(OVER_PROC),
+        case("hostile::bind_over_proc", bind("/proc")).sees("names").refused(&["/proc"]),
+        case("hostile::bind_over_a_file_of_proc", bind("/proc/self/attr")).sees("names").refused(&["/proc"]),
         case("hostile::mount_over_the_root_by_dots", bind("/../../..")).sees("names").survives(),
         case("hostile::mount_target_of_300_bytes", tmpfs(&long)).sees("names").refused(&["too long"]),
         case("hostile::mount_target_a_thousand_folders_deep", tmpfs(&deep)).sees("names"),
@@ -97,9 +98,16 @@ pub fn all() -> Vec<Case> {
 
 /// With more time than others have.
 fn patiently(side: &Side, bundle: Bundle) -> Outcome<Value> {
-    let running = side.start(&bundle.name, &bundle.spec)?.seconds(120).spawn()?;
+    let running = side
+        .start(&bundle.name, &bundle.spec)?
+        .seconds(120)
+        .spawn()?;
     let end = side.end(&bundle, running)?;
-    Ok(if end.started { end.seen["view"].clone() } else { json!({ "started": false, "error": end.error }) })
+    Ok(if end.started {
+        end.seen["view"].clone()
+    } else {
+        json!({ "started": false, "error": end.error })
+    })
 }
 
 fn started(side: &Side, bundle: Bundle) -> Outcome<Value> {
@@ -110,7 +118,11 @@ fn started(side: &Side, bundle: Bundle) -> Outcome<Value> {
 /// A folder of the rootfs becomes a link out of it and back all the time while containers with a mount below it are
 /// made. Each start works or fails; what counts is that the mount never lands outside.
 fn swapping(side: &Side, bundle: Bundle) -> Outcome<Value> {
-    let (folder, link, target) = (bundle.root.join("farm"), bundle.root.join("link"), bundle.folder.join("victim"));
+    let (folder, link, target) = (
+        bundle.root.join("farm"),
+        bundle.root.join("link"),
+        bundle.folder.join("victim"),
+    );
     let _ = fs::create_dir_all(&folder);
     let _ = fs::create_dir_all(target.join("x/y"));
     let _ = symlink(&target, &link);

@@ -2,8 +2,8 @@
 
 use serde_json::{Value, json};
 
-use crate::host::When;
 use crate::case::{Case, case};
+use crate::host::When;
 
 /// The base spec's namespaces with one left out, joined or added.
 fn list(change: impl Fn(&str) -> Option<Value>) -> Value {
@@ -18,12 +18,22 @@ fn without(kind: &'static str) -> Value {
 
 fn joined(kind: &'static str, file: &str) -> Value {
     list(|k| {
-        Some(if k == kind { json!({ "type": k, "path": format!("/proc/$PID/ns/{file}") }) } else { json!({ "type": k }) })
+        Some(if k == kind {
+            json!({ "type": k, "path": format!("/proc/$PID/ns/{file}") })
+        } else {
+            json!({ "type": k })
+        })
     })
 }
 
 fn at(kind: &'static str, path: &str) -> Value {
-    list(|k| Some(if k == kind { json!({ "type": k, "path": path }) } else { json!({ "type": k }) }))
+    list(|k| {
+        Some(if k == kind {
+            json!({ "type": k, "path": path })
+        } else {
+            json!({ "type": k })
+        })
+    })
 }
 
 fn and(mut value: Value, patch: Value) -> Value {
@@ -37,6 +47,8 @@ fn unnamed(mut value: Value) -> Value {
 }
 
 /// The group.
+// A table: one case a line where it fits.
+#[rustfmt::skip]
 pub fn all() -> Vec<Case> {
     let ns = |kind: &str, whose: &str| json!({ "namespaces": { kind: whose } });
     let sysctl = |key: &str, value: &str| json!({ "linux": { "sysctl": { key: value } } });

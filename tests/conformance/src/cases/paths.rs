@@ -5,6 +5,8 @@ use serde_json::json;
 use crate::case::{Case, Fixture, case};
 
 /// The group.
+// A table: one case a line where it fits.
+#[rustfmt::skip]
 pub fn all() -> Vec<Case> {
     let masked = |path: &str| json!({ "linux": { "maskedPaths": [path] } });
     let readonly = |path: &str| json!({ "linux": { "readonlyPaths": [path] } });

@@ -5,12 +5,14 @@ use serde_json::{Value, json};
 
 use super::EVERYTHING;
 use crate::{
-    host::When,
     case::{Case, case},
+    host::When,
     side::{Bundle, Side},
 };
 
 /// The group.
+// A table: one case a line where it fits.
+#[rustfmt::skip]
 pub fn all() -> Vec<Case> {
     let process = |change: Value| json!({ "process": change });
     let user = |change: Value| json!({ "process": { "user": change } });
@@ -186,13 +188,47 @@ pub fn all() -> Vec<Case> {
 }
 
 const ALL_CAPS: &[&str] = &[
-    "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_SETGID",
-    "CAP_SETUID", "CAP_SETPCAP", "CAP_LINUX_IMMUTABLE", "CAP_NET_BIND_SERVICE", "CAP_NET_BROADCAST", "CAP_NET_ADMIN",
-    "CAP_NET_RAW", "CAP_IPC_LOCK", "CAP_IPC_OWNER", "CAP_SYS_MODULE", "CAP_SYS_RAWIO", "CAP_SYS_CHROOT",
-    "CAP_SYS_PTRACE", "CAP_SYS_PACCT", "CAP_SYS_ADMIN", "CAP_SYS_BOOT", "CAP_SYS_NICE", "CAP_SYS_RESOURCE",
-    "CAP_SYS_TIME", "CAP_SYS_TTY_CONFIG", "CAP_MKNOD", "CAP_LEASE", "CAP_AUDIT_WRITE", "CAP_AUDIT_CONTROL",
-    "CAP_SETFCAP", "CAP_MAC_OVERRIDE", "CAP_MAC_ADMIN", "CAP_SYSLOG", "CAP_WAKE_ALARM", "CAP_BLOCK_SUSPEND",
-    "CAP_AUDIT_READ", "CAP_PERFMON", "CAP_BPF", "CAP_CHECKPOINT_RESTORE",
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_DAC_READ_SEARCH",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_KILL",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "CAP_SETPCAP",
+    "CAP_LINUX_IMMUTABLE",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_NET_BROADCAST",
+    "CAP_NET_ADMIN",
+    "CAP_NET_RAW",
+    "CAP_IPC_LOCK",
+    "CAP_IPC_OWNER",
+    "CAP_SYS_MODULE",
+    "CAP_SYS_RAWIO",
+    "CAP_SYS_CHROOT",
+    "CAP_SYS_PTRACE",
+    "CAP_SYS_PACCT",
+    "CAP_SYS_ADMIN",
+    "CAP_SYS_BOOT",
+    "CAP_SYS_NICE",
+    "CAP_SYS_RESOURCE",
+    "CAP_SYS_TIME",
+    "CAP_SYS_TTY_CONFIG",
+    "CAP_MKNOD",
+    "CAP_LEASE",
+    "CAP_AUDIT_WRITE",
+    "CAP_AUDIT_CONTROL",
+    "CAP_SETFCAP",
+    "CAP_MAC_OVERRIDE",
+    "CAP_MAC_ADMIN",
+    "CAP_SYSLOG",
+    "CAP_WAKE_ALARM",
+    "CAP_BLOCK_SUSPEND",
+    "CAP_AUDIT_READ",
+    "CAP_PERFMON",
+    "CAP_BPF",
+    "CAP_CHECKPOINT_RESTORE",
 ];
 
 fn privileged() -> Value {
@@ -216,10 +252,22 @@ fn bare() -> Value {
 /// With a terminal of 24 × 80.
 fn terminal(side: &Side, mut bundle: Bundle) -> Outcome<Value> {
     bundle.spec["process"]["terminal"] = json!(true);
-    bundle.spec["process"]["args"] = json!(["/probe", "see", "late,terminal,descriptors,devices,process", "/dev/console"]);
-    let running = side.start(&bundle.name, &bundle.spec)?.terminal(24, 80).spawn()?;
+    bundle.spec["process"]["args"] = json!([
+        "/probe",
+        "see",
+        "late,terminal,descriptors,devices,process",
+        "/dev/console"
+    ]);
+    let running = side
+        .start(&bundle.name, &bundle.spec)?
+        .terminal(24, 80)
+        .spawn()?;
     let end = side.end(&bundle, running)?;
-    Ok(if end.started { end.seen["view"].clone() } else { json!({ "started": false, "error": end.error }) })
+    Ok(if end.started {
+        end.seen["view"].clone()
+    } else {
+        json!({ "started": false, "error": end.error })
+    })
 }
 
 fn with_exec(side: &Side, mut bundle: Bundle, words: &[&str]) -> Outcome<Value> {
@@ -227,7 +275,9 @@ fn with_exec(side: &Side, mut bundle: Bundle, words: &[&str]) -> Outcome<Value> 
     let (pod, client) = side.start(&bundle.name, &bundle.spec)?.attach()?;
     client.wait_for("}\n", side.suite.scale.seconds(20))?;
     let output = pod.exec(words).output()?;
-    let seen = serde_json::from_str(&output.text()).unwrap_or_else(|_| json!({ "status": output.status, "said": output.text(), "error": output.errors() }));
+    let seen = serde_json::from_str(&output.text()).unwrap_or_else(
+        |_| json!({ "status": output.status, "said": output.text(), "error": output.errors() }),
+    );
     pod.kill("SIGTERM")?;
     client.wait()?;
     pod.delete()?;

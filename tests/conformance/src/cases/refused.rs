@@ -5,6 +5,8 @@ use serde_json::{Value, json};
 use crate::case::{Case, case};
 
 /// The group.
+// A table: one case a line where it fits.
+#[rustfmt::skip]
 pub fn all() -> Vec<Case> {
     let linux = |key: &str, value: Value| json!({ "linux": { key: value } });
     vec![

@@ -2,8 +2,8 @@
 
 use serde_json::{Value, json};
 
-use crate::host::When;
 use crate::case::{Case, case};
+use crate::host::When;
 
 fn profile(default: &str, rules: Value) -> Value {
     json!({ "linux": { "seccomp": { "defaultAction": default, "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"], "syscalls": rules } } })
@@ -19,6 +19,8 @@ fn with(mut value: Value, key: &str, more: Value) -> Value {
 }
 
 /// The group.
+// A table: one case a line where it fits.
+#[rustfmt::skip]
 pub fn all() -> Vec<Case> {
     let keyctl = |action: &str| deny(json!({ "names": ["keyctl"], "action": action }));
     let compare = |op: &str, value: u64, two: u64| {
@@ -94,10 +96,70 @@ pub fn all() -> Vec<Case> {
 
 /// What the probe needs.
 const ALLOWED: &[&str] = &[
-    "access", "arch_prctl", "brk", "capget", "capset", "chdir", "clock_gettime", "clone", "clone3", "close", "close_range", "dup", "dup2",
-    "epoll_create1", "epoll_ctl", "epoll_pwait", "epoll_wait", "execve", "execveat", "exit", "exit_group", "faccessat", "faccessat2", "fchdir", "fchown", "fcntl",
-    "fstat", "fstatfs", "futex", "getcwd", "getdents64", "getegid", "geteuid", "getgid", "getpid", "getppid", "getrandom", "gettid", "getuid",
-    "ioctl", "lseek", "lstat", "madvise", "mmap", "mprotect", "munmap", "nanosleep", "newfstatat", "openat", "openat2",
-    "prctl", "pread64", "prlimit64", "read", "readlink", "rseq", "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sched_yield",
-    "set_robust_list", "set_tid_address", "sigaltstack", "stat", "wait4", "write",
+    "access",
+    "arch_prctl",
+    "brk",
+    "capget",
+    "capset",
+    "chdir",
+    "clock_gettime",
+    "clone",
+    "clone3",
+    "close",
+    "close_range",
+    "dup",
+    "dup2",
+    "epoll_create1",
+    "epoll_ctl",
+    "epoll_pwait",
+    "epoll_wait",
+    "execve",
+    "execveat",
+    "exit",
+    "exit_group",
+    "faccessat",
+    "faccessat2",
+    "fchdir",
+    "fchown",
+    "fcntl",
+    "fstat",
+    "fstatfs",
+    "futex",
+    "getcwd",
+    "getdents64",
+    "getegid",
+    "geteuid",
+    "getgid",
+    "getpid",
+    "getppid",
+    "getrandom",
+    "gettid",
+    "getuid",
+    "ioctl",
+    "lseek",
+    "lstat",
+    "madvise",
+    "mmap",
+    "mprotect",
+    "munmap",
+    "nanosleep",
+    "newfstatat",
+    "openat",
+    "openat2",
+    "prctl",
+    "pread64",
+    "prlimit64",
+    "read",
+    "readlink",
+    "rseq",
+    "rt_sigaction",
+    "rt_sigprocmask",
+    "rt_sigreturn",
+    "sched_yield",
+    "set_robust_list",
+    "set_tid_address",
+    "sigaltstack",
+    "stat",
+    "wait4",
+    "write",
 ];

@@ -11,6 +11,8 @@ use crate::{
 };
 
 /// The group.
+// A table: one case a line where it fits.
+#[rustfmt::skip]
 pub fn all() -> Vec<Case> {
     let shared_pid = json!({ "linux": { "namespaces": [{ "type": "ipc" }, { "type": "uts" }, { "type": "mount" }, { "type": "network" }, { "type": "cgroup" }] } });
     vec![
@@ -36,7 +38,10 @@ pub fn all() -> Vec<Case> {
 /// SIGTERM, a look, SIGKILL.
 fn stubborn(side: &Side, bundle: Bundle) -> Outcome<Value> {
     let mut running = side.spawn(&bundle)?;
-    if running.wait_for("\"\n", side.suite.scale.seconds(20)).is_err() {
+    if running
+        .wait_for("\"\n", side.suite.scale.seconds(20))
+        .is_err()
+    {
         let end = side.end(&bundle, running)?;
         return Ok(json!({ "started": false, "error": end.error }));
     }
@@ -45,7 +50,12 @@ fn stubborn(side: &Side, bundle: Bundle) -> Outcome<Value> {
         std::thread::sleep(Duration::from_millis(400));
         running.has_ended()
     };
-    let status = if ended { "STOPPED".into() } else { side.status(&bundle.name)?.map_or("gone".to_owned(), |(_, s)| s) };
+    let status = if ended {
+        "STOPPED".into()
+    } else {
+        side.status(&bundle.name)?
+            .map_or("gone".to_owned(), |(_, s)| s)
+    };
     if !ended {
         side.kill(&bundle.name, "SIGKILL")?;
     }
@@ -67,7 +77,10 @@ fn timed(side: &Side, bundle: Bundle) -> Outcome<Value> {
 fn exec_leaves(side: &Side, bundle: Bundle) -> Outcome<Value> {
     let (pod, client) = side.start(&bundle.name, &bundle.spec)?.attach()?;
     client.wait_for("}\n", side.suite.scale.seconds(20))?;
-    let output = pod.exec(&["/probe", "double-fork", "100", "7"]).seconds(30).output()?;
+    let output = pod
+        .exec(&["/probe", "double-fork", "100", "7"])
+        .seconds(30)
+        .output()?;
     let status = pod.status()?.map_or("gone".to_owned(), |(_, s)| s);
     pod.kill("SIGKILL")?;
     client.wait()?;
