@@ -52,8 +52,11 @@ pub fn judge<'a>(case: &Case, host: &Host, ours: &Side<'a>, runc: &Side<'a>) -> 
         return Err(failed(format!("the pod of {} ended", dead.join(" and "))));
     }
     let mut verdict = Verdict {
-        ours: told(&our_end),
-        runc: runc_end.as_ref().map(told).unwrap_or_default(),
+        ours: told(case, &our_end),
+        runc: runc_end
+            .as_ref()
+            .map(|end| told(case, end))
+            .unwrap_or_default(),
         ..Verdict::default()
     };
     match &case.expect {
@@ -142,13 +145,35 @@ fn run(case: &Case, ours: &Side, runc: &Side, alone: bool) -> Outcome<(End, Opti
     ends
 }
 
-fn told(end: &End) -> String {
-    let text = if end.started {
-        end.seen["view"].to_string()
-    } else {
-        end.error.clone()
-    };
-    format!("{text} ({:.1} s)", end.took.as_secs_f64())
+/// What the report says of a side: of what it saw, the part that the case is about.
+fn told(case: &Case, end: &End) -> String {
+    if !end.started {
+        return end.error.clone();
+    }
+    let view = &end.seen["view"];
+    match (&case.both, view) {
+        (Value::Object(_), Value::Object(_)) => part(&case.both, view).to_string(),
+        _ if *view == json!("") => format!("status {}", end.seen["status"]),
+        _ => view.to_string(),
+    }
+}
+
+/// The places of `view` that `wanted` names; of a flat object, all of it.
+fn part(wanted: &Value, view: &Value) -> Value {
+    match (wanted, view) {
+        (Value::Object(keys), Value::Object(all)) => {
+            let flat = all.values().all(|value| !value.is_object());
+            let picked = all
+                .iter()
+                .filter(|(key, _)| flat && all.len() < 6 || keys.contains_key(*key))
+                .map(|(key, value)| {
+                    let inner = keys.get(key).unwrap_or(&Value::Null);
+                    (key.clone(), part(inner, value))
+                });
+            picked.collect::<serde_json::Map<_, _>>().into()
+        }
+        _ => view.clone(),
+    }
 }
 
 /// The error must name what is wrong.

@@ -76,7 +76,7 @@ fn main() -> ExitCode {
         }
         return ExitCode::SUCCESS;
     }
-    match run(&args, &chosen, chosen.len() == all.len()) {
+    match run(&args, &chosen) {
         Ok(failed) => ExitCode::from(u8::from(failed > 0)),
         Err(error) => {
             eprintln!("bulkhead-conformance: {error:#}");
@@ -85,7 +85,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(args: &Args, chosen: &[&Case], whole: bool) -> anyhow::Result<usize> {
+fn run(args: &Args, chosen: &[&Case]) -> anyhow::Result<usize> {
     let engine = match args.engine {
         EngineName::Kvm => Engine::Kvm,
         EngineName::Emulated => Engine::Emulated,
@@ -143,7 +143,7 @@ fn run(args: &Args, chosen: &[&Case], whole: bool) -> anyhow::Result<usize> {
     }
     let leaks = before.leaks(&suite.scope(), suite.settle());
     report.leaks(&leaks);
-    report.close(whole);
+    report.close();
     if let Some(file) = &args.report {
         std::fs::write(file, report.markdown())?;
     }

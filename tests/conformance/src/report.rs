@@ -122,7 +122,7 @@ impl Report {
     }
 
     /// Prints the closing lines.
-    pub fn close(&self, _whole: bool) {
+    pub fn close(&self) {
         for row in self.rows.iter().filter(|row| row.word == "FAIL") {
             println!("failed: {}", row.name);
         }
