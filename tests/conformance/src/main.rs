@@ -42,6 +42,9 @@ struct Args {
     /// Not these.
     #[arg(long)]
     skip: Vec<String>,
+    /// Only each N-th case beginning with the K-th, as K/N.
+    #[arg(long, value_name = "K/N", value_parser = shard)]
+    shard: Option<(usize, usize)>,
     /// Print the names.
     #[arg(long)]
     list: bool,
@@ -65,10 +68,13 @@ enum EngineName {
 fn main() -> ExitCode {
     let args = Args::parse();
     let all = cases::all();
+    let (first, step) = args.shard.unwrap_or((1, 1));
     let chosen: Vec<&Case> = all
         .iter()
         .filter(|c| args.filter.is_empty() || args.filter.iter().any(|w| c.name.contains(w)))
-        .filter(|c| !args.skip.iter().any(|w| c.name.contains(w)))
+        .skip(first - 1)
+        .step_by(step)
+        .filter(|c| !args.skip.iter().any(|name| c.name == *name))
         .collect();
     if args.list {
         for case in &chosen {
@@ -83,6 +89,13 @@ fn main() -> ExitCode {
             ExitCode::from(2)
         }
     }
+}
+
+fn shard(text: &str) -> Result<(usize, usize), String> {
+    text.split_once('/')
+        .and_then(|(k, n)| Some((k.parse().ok()?, n.parse().ok()?)))
+        .filter(|(k, n)| (1..=*n).contains(k))
+        .ok_or_else(|| "is not K/N with K from 1 to N".into())
 }
 
 fn run(args: &Args, chosen: &[&Case]) -> anyhow::Result<usize> {
