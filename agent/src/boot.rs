@@ -5,6 +5,7 @@ use std::{fs, io, path::Path};
 use rustix::{
     io::Errno,
     mount::{MountFlags, UnmountFlags},
+    process::{Resource, Rlimit, setrlimit},
 };
 
 use crate::{
@@ -19,11 +20,20 @@ pub const ROOTFS: &str = "/run/bulkhead/rootfs";
 /// Parent of the containers' cgroups.
 pub const PODS: &str = "/sys/fs/cgroup/pods";
 
+/// Descriptors that the agent may have; the kernel's own maximum (fs.nr_open).
+const DESCRIPTORS_MAX: u64 = 1 << 20;
+
 /// virtio-fs tag of the trees.
 const TAG: &str = "pod";
 
 /// Does all of it.
 pub fn boot() -> Result<()> {
+    // Mounts, pipes and sockets of many containers are held at once. Their processes get limits of their own.
+    let most = Rlimit {
+        current: Some(DESCRIPTORS_MAX),
+        maximum: Some(DESCRIPTORS_MAX),
+    };
+    setrlimit(Resource::Nofile, most).step(|| "raise the limit of descriptors".into())?;
     leave_rootfs()?;
     let none = MountFlags::empty();
     let safe = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
@@ -72,6 +82,10 @@ fn leave_rootfs() -> Result<()> {
     let at = "/mnt";
     make_folder(at)?;
     rustix::mount::mount_bind("/", at).step(|| "bind the initial root".into())?;
+    // The agent runs from the initial root, and so do its copies: a container that gets hold of one by /proc/PID/exe
+    // must not write to the program.
+    rustix::mount::mount_remount("/", MountFlags::BIND | MountFlags::RDONLY, "")
+        .step(|| "make the initial root read-only".into())?;
     rustix::process::chdir(at).step(|| format!("enter {at}"))?;
     rustix::mount::mount_move(".", "/").step(|| "move the root".into())?;
     rustix::process::chroot(".").step(|| "enter the root".into())?;

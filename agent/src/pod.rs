@@ -16,18 +16,21 @@ use bulkhead_protocol::{
     limits::{CONTAINERS_MAX, EXECS_MAX, SPEC_MAX},
     stream::StreamHeader,
 };
-use oci_spec::runtime::{LinuxResources, LinuxSeccomp, Process as ProcessSpec, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Process as ProcessSpec, Spec};
 use rustix::process::{Pid, PidfdFlags};
 use tokio::{io::unix::AsyncFd, sync::watch};
 use tokio_vsock::VsockStream;
 
 use crate::{
     container::{
+        attributes,
         cgroup::{self, Cgroup},
         check,
-        control::Work,
+        control::{Shared, Work},
+        hooks::Identity,
+        ids::Ids,
         launch::{Prepared, prepare},
-        process, rootfs, tty,
+        namespaces, parse, process, rootfs, tty,
     },
     error::{Context, Error, Result},
     reaper::{Reaped, Reaper, now},
@@ -71,7 +74,7 @@ pub struct Process {
 
 struct Container {
     cgroup: Cgroup,
-    seccomp: Option<LinuxSeccomp>,
+    shared: Shared,
     init: Arc<Process>,
     execs: HashMap<String, Arc<Process>>,
 }
@@ -181,8 +184,7 @@ impl Pod {
         if request.spec.len() > SPEC_MAX {
             return Err(Error::field("spec", "is too large"));
         }
-        let spec: Spec = serde_json::from_slice(&request.spec)
-            .map_err(|error| Error::field("spec", error.to_string()))?;
+        let spec: Spec = parse::parse("spec", &request.spec)?;
         check::check(&spec)?;
         let rootfs = rootfs::Rootfs::parse(&request.rootfs)?;
         let flags = flags(&request.stdio);
@@ -197,7 +199,11 @@ impl Pod {
             }
             containers.insert(name.clone(), None);
         }
-        let made = self.make(&name, spec, rootfs, flags).await;
+        let identity = Identity {
+            id: name.clone(),
+            bundle: request.bundle,
+        };
+        let made = self.make(identity, spec, rootfs, flags).await;
         let mut containers = lock(&self.containers);
         match made {
             Ok((container, pid)) => {
@@ -213,23 +219,30 @@ impl Pod {
 
     async fn make(
         self: &Arc<Self>,
-        name: &str,
+        identity: Identity,
         spec: Spec,
         rootfs: rootfs::Rootfs,
         flags: Flags,
     ) -> Result<(Container, u32)> {
+        let (joins, joined, ids) = self.open_joins(&spec)?;
         let linux = spec.linux().as_ref();
-        let resources = linux.and_then(|linux| linux.resources().as_ref());
-        let seccomp = linux.and_then(|linux| linux.seccomp().clone());
-        let cgroup = Cgroup::create(name, resources)?;
+        let shared = Shared {
+            seccomp: linux.and_then(|linux| linux.seccomp().clone()),
+            personality: linux.and_then(|linux| linux.personality().clone()),
+            ids,
+        };
+        let cgroup = Cgroup::create(&identity.id, &spec, &shared.ids)?;
         let process = Process::new(flags, State::Starting);
         let work = Work::Create {
             spec: Box::new(spec),
             rootfs,
             terminal: flags.terminal,
+            container: identity,
+            shared: shared.clone(),
+            joins,
         };
         let folder = cgroup::open(cgroup.path())?;
-        let launched = self.launch(&process, &work, folder, None).await;
+        let launched = self.launch(&process, &work, folder, &joined).await;
         match launched {
             Ok(prepared) => {
                 let pid = prepared.pid;
@@ -242,7 +255,7 @@ impl Pod {
                 *lock(&process.state) = State::Created(prepared);
                 let container = Container {
                     cgroup,
-                    seccomp,
+                    shared,
                     init: process,
                     execs: HashMap::new(),
                 };
@@ -255,17 +268,47 @@ impl Pod {
         }
     }
 
+    /// Opens the namespaces of other containers that the spec joins; answers their kinds, their files, and the id mappings that
+    /// the container will have.
+    fn open_joins(&self, spec: &Spec) -> Result<(Vec<LinuxNamespaceType>, Vec<OwnedFd>, Ids)> {
+        let mut ids = Ids::of(spec);
+        let (mut kinds, mut files) = (Vec::new(), Vec::new());
+        for join in namespaces::joins(spec)? {
+            if !self.is_init(join.pid) {
+                return Err(join.unknown());
+            }
+            // Nothing is reaped in here, so the pid is still the init's.
+            files.push(join.open()?);
+            kinds.push(join.kind);
+            if join.kind == LinuxNamespaceType::User {
+                let real = Ids::of_process(join.pid)?;
+                if !ids.is_empty() && ids != real {
+                    let reason = "is not the mapping of the user namespace that is joined";
+                    return Err(Error::field("linux.uidMappings, gidMappings", reason));
+                }
+                ids = real;
+            }
+        }
+        Ok((kinds, files, ids))
+    }
+
+    /// Whether a pid is the init of a container.
+    fn is_init(&self, pid: u32) -> bool {
+        let containers = lock(&self.containers);
+        let mut inits = containers.values().flatten();
+        inits.any(|container| container.init.pid() == Some(pid))
+    }
+
     /// Launches a process up to its execve and connects its streams.
     async fn launch(
         &self,
         process: &Arc<Process>,
         work: &Work,
         cgroup: OwnedFd,
-        target: Option<OwnedFd>,
+        others: &[OwnedFd],
     ) -> Result<Prepared> {
         let stdio = process.streams.open_pipes()?;
-        let target = target.as_ref().map(AsFd::as_fd);
-        let prepared = prepare(&self.reaper, work, stdio, cgroup.as_fd(), target).await;
+        let prepared = prepare(&self.reaper, work, stdio, cgroup.as_fd(), others).await;
         let mut prepared = match prepared {
             Ok(prepared) => prepared,
             Err(failed) => {
@@ -276,6 +319,15 @@ impl Pod {
                 return Err(failed.error);
             }
         };
+        let (spec, exec) = work.process();
+        let set = spec.map_or(Ok(()), |spec| attributes::apply(prepared.pid, spec, exec));
+        if let Err(error) = set {
+            // Without its agent the process ends.
+            let mut reaped = prepared.reaped.clone();
+            drop(prepared);
+            let _ = reaped.wait_for(Option::is_some).await;
+            return Err(error);
+        }
         if let Some(master) = prepared.pty.take() {
             *lock(&process.pty) = Some(process.streams.set_pty(master)?);
         }
@@ -309,8 +361,7 @@ impl Pod {
         if request.process.len() > SPEC_MAX {
             return Err(Error::field("process", "is too large"));
         }
-        let spec: ProcessSpec = serde_json::from_slice(&request.process)
-            .map_err(|error| Error::field("process", error.to_string()))?;
+        let spec: ProcessSpec = parse::parse("process", &request.process)?;
         process::check("process", &spec)?;
         let flags = flags(&request.stdio);
         check_terminal(Some(&spec), flags)?;
@@ -373,7 +424,7 @@ impl Pod {
         process: &Arc<Process>,
         spec: ProcessSpec,
     ) -> Result<Prepared> {
-        let (folder, target, seccomp, path) = self.with(container, |found| {
+        let (folder, target, shared, path) = self.with(container, |found| {
             let Some(init) = found.init.pid() else {
                 return Err(Error::State(format!("container {container} has ended")));
             };
@@ -389,15 +440,15 @@ impl Pod {
                 .step(|| "open the init".into())?;
             let folder = cgroup::open(&path)?;
             let outer = found.cgroup.path().to_path_buf();
-            Ok((folder, target, found.seccomp.clone(), outer))
+            Ok((folder, target, found.shared.clone(), outer))
         })?;
         let work = Work::Exec {
             process: Box::new(spec),
-            seccomp,
+            shared,
             terminal: process.flags.terminal,
         };
         let kills = cgroup::oom_kills(&path);
-        let prepared = self.launch(process, &work, folder, Some(target)).await?;
+        let prepared = self.launch(process, &work, folder, &[target]).await?;
         self.watch(process, &prepared, move |reaped| {
             reaped.status == 137 && cgroup::oom_kills(&path) > kills
         });
@@ -518,8 +569,7 @@ impl Pod {
 
     /// Changes the container's limits.
     pub fn update(&self, container: &str, resources: &[u8]) -> Result<()> {
-        let resources: LinuxResources = serde_json::from_slice(resources)
-            .map_err(|error| Error::field("resources", error.to_string()))?;
+        let resources: LinuxResources = parse::parse("linux.resources", resources)?;
         cgroup::check(&resources)?;
         self.with(container, |found| found.cgroup.update(&resources))
     }

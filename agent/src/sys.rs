@@ -1,4 +1,4 @@
-//! System calls that no library wraps. The only file of the agent with `unsafe` beside `container/enter.rs`.
+//! System calls that no library wraps. The only file of the agent with `unsafe`.
 //! Callers: boot, the container steps. Nothing here trusts its caller with memory: all arguments are owned or borrowed.
 
 use std::{
@@ -43,6 +43,140 @@ pub fn clone_sibling(flags: u64, cgroup: BorrowedFd<'_>) -> io::Result<Cloned> {
     }
 }
 
+/// Forks a child that does nothing, in a new user namespace; answers its pid. The caller ends it.
+///
+/// Only for a single-threaded caller, as [`clone_sibling`].
+pub fn clone_idle_in_user_namespace() -> io::Result<u32> {
+    // SAFETY: clone_args is plain data for which zero is valid.
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    args.flags = libc::CLONE_NEWUSER as u64;
+    args.exit_signal = libc::SIGCHLD as u64;
+    // SAFETY: as in clone_sibling.
+    let pid = unsafe {
+        libc::syscall(
+            libc::SYS_clone3,
+            &raw mut args,
+            std::mem::size_of::<libc::clone_args>(),
+        )
+    };
+    match pid {
+        0 => loop {
+            // SAFETY: pause touches no memory. It returns only for a signal with a handler, of which there is none.
+            unsafe { libc::pause() };
+        },
+        pid if pid > 0 => Ok(pid as u32),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Scheduling of a process (`struct sched_attr`, version 0).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct SchedAttr {
+    /// Size of this struct; set by [`sched_setattr`].
+    pub size: u32,
+    /// `SCHED_*`.
+    pub policy: u32,
+    /// `SCHED_FLAG_*`.
+    pub flags: u64,
+    /// For SCHED_OTHER and SCHED_BATCH.
+    pub nice: i32,
+    /// For SCHED_FIFO and SCHED_RR.
+    pub priority: u32,
+    /// For SCHED_DEADLINE, in nanoseconds.
+    pub runtime: u64,
+    /// For SCHED_DEADLINE, in nanoseconds.
+    pub deadline: u64,
+    /// For SCHED_DEADLINE, in nanoseconds.
+    pub period: u64,
+}
+
+/// Sets the scheduling of a process.
+pub fn sched_setattr(pid: u32, mut attr: SchedAttr) -> io::Result<()> {
+    attr.size = std::mem::size_of::<SchedAttr>() as u32;
+    // SAFETY: attr lives through the call and says its own size.
+    let result = unsafe { libc::syscall(libc::SYS_sched_setattr, pid, &raw const attr, 0) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Sets the I/O priority of a process: class and level as the kernel packs them.
+pub fn ioprio_set(pid: u32, value: u32) -> io::Result<()> {
+    const IOPRIO_WHO_PROCESS: u32 = 1;
+    // SAFETY: no pointers are passed.
+    let result = unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, pid, value) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Sets the execution domain of the calling process.
+pub fn personality(domain: u32) -> io::Result<()> {
+    // SAFETY: no pointers are passed; the domains used change what uname tells, not how memory is laid out.
+    let result = unsafe { libc::personality(domain.into()) };
+    if result >= 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Loads a seccomp filter, instructions of `struct sock_filter` as bytes, for the calling thread.
+pub fn seccomp_load(program: &[u8], flags: u32) -> io::Result<()> {
+    const SECCOMP_SET_MODE_FILTER: u32 = 1;
+    const INSTRUCTION: usize = std::mem::size_of::<libc::sock_filter>();
+    let filter: Vec<libc::sock_filter> = program
+        .chunks_exact(INSTRUCTION)
+        .map(|bytes| libc::sock_filter {
+            code: u16::from_ne_bytes([bytes[0], bytes[1]]),
+            jt: bytes[2],
+            jf: bytes[3],
+            k: u32::from_ne_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]),
+        })
+        .collect();
+    let program = libc::sock_fprog {
+        len: u16::try_from(filter.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
+        filter: filter.as_ptr().cast_mut(),
+    };
+    // SAFETY: program and the filter it points to live through the call; the kernel only reads them.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            SECCOMP_SET_MODE_FILTER,
+            flags,
+            &raw const program,
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Lets a command run with `root` as its root folder.
+pub fn chroot_command(command: &mut std::process::Command, root: OwnedFd) {
+    use std::os::unix::process::CommandExt;
+    let enter = move || {
+        rustix::process::fchdir(&root)?;
+        rustix::process::chroot(".")?;
+        Ok(())
+    };
+    // SAFETY: between fork and execve only two system calls are made; nothing is allocated or locked.
+    unsafe { command.pre_exec(enter) };
+}
+
+/// Moves the calling process into new namespaces. Only for a single-threaded caller.
+pub fn unshare(flags: rustix::thread::UnshareFlags) -> io::Result<()> {
+    // SAFETY: without CLONE_FILES and CLONE_FS no descriptor or folder shared with another thread changes; the caller has one thread.
+    unsafe { rustix::thread::unshare_unsafe(flags) }.map_err(io::Error::from)
+}
+
 /// Attributes of a mount, for [`mount_setattr`]; names and values of `linux/mount.h`.
 pub mod attr {
     /// Read-only.
@@ -80,6 +214,29 @@ pub struct MountAttr {
 
 /// Changes the attributes of the mount `fd` is the root of, with all below it if `recursive`.
 pub fn mount_setattr(fd: BorrowedFd<'_>, recursive: bool, change: MountAttr) -> io::Result<()> {
+    set_mount(fd, recursive, change, None)
+}
+
+/// Maps the owners of the files of a detached mount as the user namespace does.
+pub fn mount_idmap(
+    fd: BorrowedFd<'_>,
+    recursive: bool,
+    namespace: BorrowedFd<'_>,
+) -> io::Result<()> {
+    const IDMAP: u64 = 0x10_0000;
+    let change = MountAttr {
+        set: IDMAP,
+        ..MountAttr::default()
+    };
+    set_mount(fd, recursive, change, Some(namespace))
+}
+
+fn set_mount(
+    fd: BorrowedFd<'_>,
+    recursive: bool,
+    change: MountAttr,
+    namespace: Option<BorrowedFd<'_>>,
+) -> io::Result<()> {
     #[repr(C)]
     struct Raw {
         set: u64,
@@ -91,7 +248,7 @@ pub fn mount_setattr(fd: BorrowedFd<'_>, recursive: bool, change: MountAttr) -> 
         set: change.set,
         clear: change.clear,
         propagation: change.propagation,
-        userns_fd: 0,
+        userns_fd: namespace.map_or(0, |fd| fd.as_raw_fd() as u64),
     };
     let mut flags = libc::AT_EMPTY_PATH;
     if recursive {
@@ -242,10 +399,24 @@ pub fn loopback_up() -> io::Result<()> {
     }
 }
 
-/// Gives SIGPIPE its default action back (the Rust runtime ignores it, and `execve` keeps that).
-pub fn default_sigpipe() {
-    // SAFETY: no handler is installed; the default action needs no code of ours.
-    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+/// Gives every signal its default action back: the Rust runtime ignores SIGPIPE, the C library the two signals it keeps for
+/// itself, and `execve` keeps that.
+pub fn default_signals() {
+    // struct sigaction of the kernel: SIG_DFL, no flags, empty mask.
+    let default = [0u64; 4];
+    for signal in 1..=64 {
+        // SAFETY: default lives through the call and has the kernel's layout and mask size; no handler is installed. SIGKILL and
+        // SIGSTOP are refused, which changes nothing.
+        unsafe {
+            libc::syscall(
+                libc::SYS_rt_sigaction,
+                signal,
+                default.as_ptr(),
+                std::ptr::null_mut::<u64>(),
+                8usize,
+            )
+        };
+    }
 }
 
 /// Marks every descriptor from `first` on as close-on-exec.

@@ -21,7 +21,7 @@ const BLOCK: u32 = 1;
 const CHAR: u32 = 2;
 
 /// Devices a container can always use: its own nodes (see `devices`), pseudo terminals, and making nodes.
-const ALWAYS: [(u32, Option<u32>, Option<u32>, u32); 11] = [
+const ALWAYS: [(u32, Option<u32>, Option<u32>, u32); 10] = [
     (CHAR, None, None, MKNOD),
     (BLOCK, None, None, MKNOD),
     (CHAR, Some(1), Some(3), ALL),
@@ -30,7 +30,6 @@ const ALWAYS: [(u32, Option<u32>, Option<u32>, u32); 11] = [
     (CHAR, Some(1), Some(8), ALL),
     (CHAR, Some(1), Some(9), ALL),
     (CHAR, Some(5), Some(0), ALL),
-    (CHAR, Some(5), Some(1), ALL),
     (CHAR, Some(5), Some(2), ALL),
     (CHAR, Some(136), None, ALL),
 ];

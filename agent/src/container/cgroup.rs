@@ -7,11 +7,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use oci_spec::runtime::LinuxResources;
+use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Mount, Spec};
 use rustix::fs::{Mode, OFlags};
 use tokio::io::Interest;
 
-use super::{bpf::Rules, limits};
+use super::{bpf::Rules, ids::Ids, limits, namespaces};
 use crate::{
     boot::PODS,
     error::{Context, Error, Result},
@@ -26,15 +26,24 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
-    /// Makes the cgroup with its limits and device rules.
-    pub fn create(container: &str, resources: Option<&LinuxResources>) -> Result<Self> {
+    /// Makes the cgroup with its limits and device rules; it belongs to root of the user namespace that has `ids`, if the
+    /// container may write to it (runtime-spec, config-linux, "Cgroup ownership").
+    pub fn create(container: &str, spec: &Spec, ids: &Ids) -> Result<Self> {
+        let linux = spec.linux().as_ref();
+        let resources = linux.and_then(|linux| linux.resources().as_ref());
         let path = Path::new(PODS).join(container);
         fs::create_dir(&path).step(|| format!("make cgroup {}", path.display()))?;
         let mut cgroup = Self {
             path,
             devices: None,
         };
-        let made = cgroup.set_up(resources);
+        let made = cgroup.set_up(resources).and_then(|()| {
+            let owner = ids.outer_uid(0);
+            match (ids.is_empty() || !is_delegated(spec), owner) {
+                (false, Some(owner)) => cgroup.give(owner),
+                _ => Ok(()),
+            }
+        });
         if made.is_err() {
             let _ = fs::remove_dir(&cgroup.path);
         }
@@ -47,6 +56,20 @@ impl Cgroup {
             Some(resources) => self.apply(resources),
             None => Ok(()),
         }
+    }
+
+    /// Gives away what the kernel says may be.
+    fn give(&self, owner: u32) -> Result<()> {
+        let what = || format!("give the cgroup to user {owner}");
+        let files = fs::read_to_string("/sys/kernel/cgroup/delegate").step(what)?;
+        for file in [""].into_iter().chain(files.lines()) {
+            match std::os::unix::fs::chown(self.path.join(file), Some(owner), None) {
+                // A controller that this kernel, or this level, does not have.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                other => other.step(what)?,
+            }
+        }
+        Ok(())
     }
 
     fn set_devices(&mut self, resources: Option<&LinuxResources>) -> Result<()> {
@@ -77,11 +100,45 @@ impl Cgroup {
     }
 
     fn apply(&self, resources: &LinuxResources) -> Result<()> {
+        self.check_usage(resources)?;
+        check_devices(resources)?;
         for setting in limits::settings(resources, &|file| self.path.join(file).exists())? {
+            if setting.file == limits::BFQ_WEIGHT {
+                use_bfq()?;
+            }
             fs::write(self.path.join(&setting.file), &setting.value).step(|| {
                 let limits::Setting { field, file, value } = &setting;
                 format!("{field}: write \"{value}\" to {file}")
             })?;
+        }
+        Ok(())
+    }
+
+    /// `memory.checkBeforeUpdate`: no limit below what is in use.
+    fn check_usage(&self, resources: &LinuxResources) -> Result<()> {
+        let Some(memory) = resources.memory() else {
+            return Ok(());
+        };
+        if memory.check_before_update() != Some(true) {
+            return Ok(());
+        }
+        let read = |file: &str| {
+            let text = fs::read_to_string(self.path.join(file)).unwrap_or_default();
+            text.trim().parse::<i64>().unwrap_or(0)
+        };
+        let used = read("memory.current");
+        let total = used.saturating_add(read("memory.swap.current"));
+        for (field, limit, used) in [
+            ("limit", memory.limit(), used),
+            ("swap", memory.swap(), total),
+        ] {
+            if let Some(limit) = limit.filter(|&limit| limit > 0 && limit < used) {
+                let reason = format!("{limit} is below the usage of {used}");
+                return Err(Error::field(
+                    format!("linux.resources.memory.{field}"),
+                    reason,
+                ));
+            }
         }
         Ok(())
     }
@@ -132,6 +189,18 @@ impl Cgroup {
         }
         Ok(())
     }
+}
+
+/// Whether the container has a cgroup namespace of its own and its cgroup mounted writable.
+fn is_delegated(spec: &Spec) -> bool {
+    let writable = |mount: &Mount| {
+        let kind = mount.typ().as_deref().unwrap_or_default();
+        let options = mount.options().as_deref().unwrap_or_default();
+        let readonly = options.iter().any(|o| matches!(o.as_str(), "ro" | "rro"));
+        matches!(kind, "cgroup" | "cgroup2") && !readonly
+    };
+    namespaces::is_new(spec, LinuxNamespaceType::Cgroup)
+        && spec.mounts().iter().flatten().any(writable)
 }
 
 /// Opens a cgroup's folder, for CLONE_INTO_CGROUP.
@@ -202,13 +271,50 @@ pub fn value_of(text: &str, key: &str) -> Option<u64> {
     })
 }
 
+/// A limit on a device that the machine does not have would be no limit.
+fn check_devices(resources: &LinuxResources) -> Result<()> {
+    for (field, major, minor) in limits::block_devices(resources) {
+        if !Path::new(&format!("/sys/dev/block/{major}:{minor}")).exists() {
+            let reason = format!("{major}:{minor} is not a block device of the machine");
+            return Err(Error::field(
+                format!("linux.resources.blockIO.{field}"),
+                reason,
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Weights count only where BFQ schedules.
+fn use_bfq() -> Result<()> {
+    let what = || "linux.resources.blockIO: use the scheduler BFQ".to_string();
+    for device in fs::read_dir("/sys/block").step(what)?.flatten() {
+        let file = device.path().join("queue/scheduler");
+        let known = fs::read_to_string(&file).unwrap_or_default();
+        if known.contains("bfq") && !known.contains("[bfq]") {
+            fs::write(&file, "bfq").step(what)?;
+        }
+    }
+    Ok(())
+}
+
 /// Refuses what [`Cgroup::create`] could not enforce, before anything is made.
 pub fn check(resources: &LinuxResources) -> Result<()> {
     Rules::fold(resources.devices().as_deref().unwrap_or_default())?;
     limits::settings(resources, &|_| true).map(|_| ())?;
-    match resources.network().is_some() || resources.rdma().as_ref().is_some_and(|r| !r.is_empty())
+    let network = resources.network().as_ref();
+    let classes = network.is_some_and(|network| {
+        network.class_id().is_some_and(|id| id != 0)
+            || network.priorities().as_ref().is_some_and(|p| !p.is_empty())
+    });
+    if classes {
+        return Err(Error::refused("linux.resources.network"));
+    }
+    match resources
+        .rdma()
+        .as_ref()
+        .is_some_and(|rdma| !rdma.is_empty())
     {
-        true if resources.network().is_some() => Err(Error::refused("linux.resources.network")),
         true => Err(Error::refused("linux.resources.rdma")),
         false => Ok(()),
     }

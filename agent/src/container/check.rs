@@ -2,9 +2,9 @@
 //! shim's: `root.path`, `annotations`, `linux.cgroupsPath` (a hint; the cgroup is named by the container), the
 //! hooks prestart, createRuntime, poststart and poststop.
 
-use oci_spec::runtime::{Hook, LinuxNamespaceType, LinuxPersonalityDomain, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
-use super::{cgroup, devices, mounts, namespaces, options, process};
+use super::{cgroup, devices, hooks, ids, mounts, namespaces, options, process};
 use crate::error::{Error, Result};
 
 /// Checks a container's spec.
@@ -13,9 +13,8 @@ pub fn check(spec: &Spec) -> Result<()> {
         return Err(Error::field("process", "is missing"));
     };
     process::check("process", init)?;
-    mounts::check(spec.mounts().as_deref().unwrap_or_default())?;
     check_other_systems(spec)?;
-    check_hooks(spec)?;
+    hooks::check(spec)?;
     check_linux(spec)
 }
 
@@ -35,25 +34,15 @@ fn check_other_systems(spec: &Spec) -> Result<()> {
     Ok(())
 }
 
-fn check_hooks(spec: &Spec) -> Result<()> {
-    let Some(hooks) = spec.hooks() else {
-        return Ok(());
-    };
-    let some = |list: &Option<Vec<Hook>>| list.as_ref().is_some_and(|list| !list.is_empty());
-    if some(hooks.create_container()) {
-        return Err(Error::refused("hooks.createContainer"));
-    }
-    if some(hooks.start_container()) {
-        return Err(Error::refused("hooks.startContainer"));
-    }
-    Ok(())
-}
-
 fn check_linux(spec: &Spec) -> Result<()> {
     let Some(linux) = spec.linux() else {
         return Err(Error::field("linux", "is missing"));
     };
-    namespaces::check(linux.namespaces().as_deref().unwrap_or_default())?;
+    namespaces::check(linux)?;
+    ids::check(spec)?;
+    let user_namespace = namespaces::is_new(spec, LinuxNamespaceType::User)
+        || namespaces::is_joined(spec, LinuxNamespaceType::User);
+    mounts::check(spec.mounts().as_deref().unwrap_or_default(), user_namespace)?;
     if let Some(resources) = linux.resources() {
         cgroup::check(resources)?;
     }
@@ -81,30 +70,12 @@ fn check_linux(spec: &Spec) -> Result<()> {
             "is not a propagation",
         ));
     }
-    for (key, value) in linux.sysctl().iter().flatten() {
-        namespaces::check_sysctl(key, value)?;
-    }
-    if let Some(personality) = linux.personality()
-        && (personality.domain() != LinuxPersonalityDomain::PerLinux
-            || personality.flags().as_ref().is_some_and(|f| !f.is_empty()))
-    {
-        return Err(Error::refused("linux.personality"));
+    if let Some(personality) = linux.personality() {
+        process::check_personality(personality)?;
     }
     for (field, set) in [
-        (
-            "linux.uidMappings",
-            linux.uid_mappings().as_ref().is_some_and(|m| !m.is_empty()),
-        ),
-        (
-            "linux.gidMappings",
-            linux.gid_mappings().as_ref().is_some_and(|m| !m.is_empty()),
-        ),
         ("linux.intelRdt", linux.intel_rdt().is_some()),
         ("linux.memoryPolicy", linux.memory_policy().is_some()),
-        (
-            "linux.timeOffsets",
-            linux.time_offsets().as_ref().is_some_and(|t| !t.is_empty()),
-        ),
         (
             "linux.netDevices",
             linux.net_devices().as_ref().is_some_and(|d| !d.is_empty()),
@@ -160,9 +131,9 @@ mod tests {
             ),
             (
                 "",
-                r#","personality":{"domain":"LINUX32"}"#,
+                r#","personality":{"domain":"LINUX32","flags":["x"]}"#,
                 "",
-                "linux.personality",
+                "linux.personality.flags",
             ),
             (
                 "",
@@ -185,18 +156,18 @@ mod tests {
             (
                 "",
                 "",
-                r#","hooks":{"createContainer":[{"path":"/x"}]}"#,
+                r#","hooks":{"createContainer":[{"path":"x"}]}"#,
                 "hooks.createContainer",
             ),
             (
                 "",
+                r#","memoryPolicy":{"mode":"MPOL_BIND"}"#,
                 "",
-                r#","hooks":{"startContainer":[{"path":"/x"}]}"#,
-                "hooks.startContainer",
+                "linux.memoryPolicy",
             ),
             ("", "", r#","hostname":"h""#, "hostname"),
             (
-                r#","scheduler":{"policy":"SCHED_IDLE"}"#,
+                r#","scheduler":{"policy":"SCHED_ISO"}"#,
                 "",
                 "",
                 "process.scheduler",

@@ -6,14 +6,14 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
-use oci_spec::runtime::{LinuxSeccomp, Process, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, LinuxPersonality, LinuxSeccomp, Process, Spec};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags,
 };
 use serde::{Deserialize, Serialize};
 
-use super::rootfs::Rootfs;
+use super::{hooks::Identity, ids::Ids, rootfs::Rootfs};
 use crate::error::{Class, Error};
 
 /// First argument of the copy.
@@ -25,7 +25,7 @@ const REPORT_MAX: usize = 32 * 1024;
 /// What the copy has to do.
 #[derive(Serialize, Deserialize)]
 pub enum Work {
-    /// Make a container.
+    /// Make a container. Descriptors of the namespaces to join come with it.
     Create {
         /// The checked spec.
         spec: Box<Spec>,
@@ -33,16 +33,50 @@ pub enum Work {
         rootfs: Rootfs,
         /// Whether the process gets a terminal.
         terminal: bool,
+        /// What the hooks are told.
+        container: Identity,
+        /// What execs will share.
+        shared: Shared,
+        /// Kinds of the namespaces to join, in the order of the descriptors.
+        joins: Vec<LinuxNamespaceType>,
     },
-    /// Run a process in a container.
+    /// Run a process in a container. The pidfd of its init comes with it.
     Exec {
         /// The checked process.
         process: Box<Process>,
-        /// The container's filter.
-        seccomp: Option<LinuxSeccomp>,
         /// Whether the process gets a terminal.
         terminal: bool,
+        /// What it shares with the init.
+        shared: Shared,
     },
+}
+
+/// What all processes of a container have in common, beside namespaces and cgroup.
+#[derive(Clone, Default, Serialize, Deserialize)]
+pub struct Shared {
+    /// The filter of system calls.
+    pub seccomp: Option<LinuxSeccomp>,
+    /// The execution domain.
+    pub personality: Option<LinuxPersonality>,
+    /// The mappings of the user namespace; empty without one.
+    pub ids: Ids,
+}
+
+impl Work {
+    /// The process of the spec, and whether it is an exec.
+    pub fn process(&self) -> (Option<&Process>, bool) {
+        match self {
+            Self::Create { spec, .. } => (spec.process().as_ref(), false),
+            Self::Exec { process, .. } => (Some(process), true),
+        }
+    }
+
+    /// What its container's processes share.
+    pub fn shared(&self) -> &Shared {
+        match self {
+            Self::Create { shared, .. } | Self::Exec { shared, .. } => shared,
+        }
+    }
 }
 
 /// What the copy and the process it makes report.

@@ -1,17 +1,20 @@
 //! Step: device nodes and the links of `/dev`.
 
 use std::{
-    os::fd::BorrowedFd,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, Mount};
 use rustix::{
-    fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid, makedev},
+    fs::{AtFlags, FileType, Gid, Mode, Uid, makedev},
     io::Errno,
 };
 
-use super::path::{PointKind, make_in_root, open_in_root};
+use super::{
+    mounts::attach,
+    path::{PointKind, make_in_root},
+};
 use crate::error::{Context, Error, Result};
 
 /// The devices every container gets (runtime-spec, config-linux, "Default Devices").
@@ -32,14 +35,43 @@ const LINKS: [(&str, &str); 5] = [
     ("/dev/ptmx", "pts/ptmx"),
 ];
 
-struct Node {
-    field: String,
+/// A device node to make.
+pub struct Node {
+    /// Field of the spec it comes from.
+    pub field: String,
+    /// Its owner: user and group in the container.
+    pub owner: (u32, u32),
     path: PathBuf,
     kind: FileType,
     major: u32,
     minor: u32,
     mode: u32,
-    owner: (u32, u32),
+}
+
+impl Node {
+    /// What is tried, for errors.
+    pub fn what(&self) -> String {
+        format!("{} ({}): make the node", self.field, self.path.display())
+    }
+
+    /// Makes it as `name` in a folder.
+    pub fn make(
+        &self,
+        folder: impl AsFd,
+        name: &Path,
+        owner: (u32, u32),
+    ) -> std::result::Result<(), Errno> {
+        let device = makedev(self.major, self.minor);
+        let mode = Mode::from_raw_mode(self.mode);
+        rustix::fs::mknodat(&folder, name, self.kind, mode, device)?;
+        rustix::fs::chownat(
+            &folder,
+            name,
+            Some(Uid::from_raw(owner.0)),
+            Some(Gid::from_raw(owner.1)),
+            AtFlags::SYMLINK_NOFOLLOW,
+        )
+    }
 }
 
 /// Checks `linux.devices`.
@@ -83,15 +115,12 @@ fn node(index: usize, device: &LinuxDevice) -> Result<Node> {
     })
 }
 
-/// Makes nodes and links, unless the spec binds a `/dev` of its own.
-pub fn make_all(root: BorrowedFd<'_>, mounts: &[Mount], devices: &[LinuxDevice]) -> Result<()> {
-    let bound = mounts.iter().any(|mount| {
-        mount.destination() == Path::new("/dev") && mount.typ().as_deref() == Some("bind")
-    });
-    if bound {
-        return Ok(());
-    }
+/// The nodes of a container: those of the spec and the default ones; none if the spec binds a `/dev` of its own.
+pub fn nodes(mounts: &[Mount], devices: &[LinuxDevice]) -> Result<Vec<Node>> {
     let mut nodes = Vec::new();
+    if has_own_dev(mounts) {
+        return Ok(nodes);
+    }
     for (index, device) in devices.iter().enumerate() {
         nodes.push(node(index, device)?);
     }
@@ -108,9 +137,38 @@ pub fn make_all(root: BorrowedFd<'_>, mounts: &[Mount], devices: &[LinuxDevice])
             });
         }
     }
-    for node in &nodes {
-        make_node(root, node)
-            .step(|| format!("{} ({}): make the node", node.field, node.path.display()))?;
+    Ok(nodes)
+}
+
+fn has_own_dev(mounts: &[Mount]) -> bool {
+    mounts.iter().any(|mount| {
+        mount.destination() == Path::new("/dev") && mount.typ().as_deref() == Some("bind")
+    })
+}
+
+/// Makes nodes and links, or takes the nodes that were made outside of the container's user namespace.
+pub fn make_all(
+    root: BorrowedFd<'_>,
+    mounts: &[Mount],
+    devices: &[LinuxDevice],
+    made: Option<Vec<(Node, OwnedFd)>>,
+) -> Result<()> {
+    if has_own_dev(mounts) {
+        return Ok(());
+    }
+    match made {
+        Some(made) => {
+            for (node, tree) in made {
+                make_in_root(root, &node.path, PointKind::File, 0o644)
+                    .and_then(|point| attach(&tree, &point))
+                    .step(|| node.what())?;
+            }
+        }
+        None => {
+            for node in nodes(mounts, devices)? {
+                make_node(root, &node).step(|| node.what())?;
+            }
+        }
     }
     for (path, target) in LINKS {
         make_link(root, path, target).step(|| format!("make link {path}"))?;
@@ -123,31 +181,17 @@ fn make_node(root: BorrowedFd<'_>, node: &Node) -> std::result::Result<(), Errno
         return Err(Errno::INVAL);
     };
     let folder = make_in_root(root, folder, PointKind::Folder, 0o755)?;
-    let device = makedev(node.major, node.minor);
-    match rustix::fs::mknodat(
-        &folder,
-        name,
-        node.kind,
-        Mode::from_raw_mode(node.mode),
-        device,
-    ) {
-        Ok(()) => {}
+    match node.make(&folder, Path::new(name), node.owner) {
         // The image or a bind brought it: fine if it is the same device.
         Err(Errno::EXIST) => {
             let stat = rustix::fs::statat(&folder, name, AtFlags::SYMLINK_NOFOLLOW)?;
+            let device = makedev(node.major, node.minor);
             let same = FileType::from_raw_mode(stat.st_mode) == node.kind
                 && (node.kind == FileType::Fifo || stat.st_rdev == device);
-            return if same { Ok(()) } else { Err(Errno::EXIST) };
+            if same { Ok(()) } else { Err(Errno::EXIST) }
         }
-        Err(error) => return Err(error),
+        other => other,
     }
-    rustix::fs::chownat(
-        &folder,
-        name,
-        Some(Uid::from_raw(node.owner.0)),
-        Some(Gid::from_raw(node.owner.1)),
-        AtFlags::SYMLINK_NOFOLLOW,
-    )
 }
 
 fn make_link(root: BorrowedFd<'_>, path: &str, target: &str) -> std::result::Result<(), Errno> {
@@ -157,9 +201,6 @@ fn make_link(root: BorrowedFd<'_>, path: &str, target: &str) -> std::result::Res
     let folder = make_in_root(root, folder, PointKind::Folder, 0o755)?;
     if path == "/dev/ptmx" {
         // A ptmx node of the image would belong to another devpts than the container's.
-        if open_in_root(root, Path::new("/dev/pts/ptmx"), OFlags::PATH).is_err() {
-            return Ok(());
-        }
         let _ = rustix::fs::unlinkat(&folder, name, AtFlags::empty());
     }
     match rustix::fs::symlinkat(target, &folder, name) {

@@ -1,6 +1,7 @@
-//! The set-up copy of the agent: single-threaded, started as `/proc/self/exe container-init CONTROL WORK CGROUP [PIDFD]` (descriptor
-//! numbers; standard streams are the container process's). It clones the process as the agent's child, tells its pid and
-//! ends; the process does its steps, reports, waits for the start byte and becomes the program.
+//! The set-up copy of the agent: single-threaded, started as `/proc/self/exe container-init CONTROL WORK CGROUP [FD ...]` (descriptor
+//! numbers: the namespaces to join, or the pidfd of an exec's init; standard streams are the container process's). It opens
+//! what the container's mounts are made of, clones the process as the agent's child, tells its pid, writes the mappings of
+//! its user namespace and ends; the process does its steps, reports, waits for the start byte and becomes the program.
 
 use std::{
     io::Read,
@@ -8,23 +9,30 @@ use std::{
 };
 
 use nix::sched::CloneFlags;
-use oci_spec::runtime::{LinuxSeccomp, Process, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
 use rustix::{
     mount::{MountPropagationFlags, UnmountFlags},
+    pipe::{PipeFlags, pipe_with},
     process::DumpableBehavior,
 };
 
 use super::{
-    control::{Report, Work, send},
-    devices, mounts, namespaces, options,
-    process::{self, Sets},
-    seccomp,
+    attributes,
+    capabilities::Sets,
+    control::{Report, Shared, Work, send},
+    devices,
+    hooks::{self, Identity},
+    masks, mounts, namespaces, options, process, rootfs, seccomp,
+    sources::Sources,
     tty::{Pty, own_root},
 };
 use crate::{
     error::{Context, Error, Result},
     sys::{self, Cloned, MountAttr, attr, mount_setattr},
 };
+
+/// Not among the constants of nix.
+const CLONE_NEWTIME: libc::c_int = 0x80;
 
 /// Exit codes of a process that could not become its program, as shells have them.
 const NOT_FOUND: i32 = 127;
@@ -39,8 +47,8 @@ pub fn main(args: &[String]) -> ! {
     let (Some(control), Some(work), Some(cgroup)) = (fds.next(), fds.next(), fds.next()) else {
         std::process::exit(1);
     };
-    let target = fds.next();
-    let code = match run(&control, work, cgroup, target) {
+    let others: Vec<OwnedFd> = fds.collect();
+    let code = match run(&control, work, cgroup, others) {
         Ok(()) => 0,
         Err(error) => {
             let _ = send(control.as_fd(), &Report::from(&error), None);
@@ -50,63 +58,118 @@ pub fn main(args: &[String]) -> ! {
     std::process::exit(code);
 }
 
-fn run(control: &OwnedFd, work: OwnedFd, cgroup: OwnedFd, target: Option<OwnedFd>) -> Result<()> {
+/// What the child of the copy has to know.
+struct Child<'a> {
+    control: &'a OwnedFd,
+    /// Opened mounts of a container; `None` for an exec.
+    sources: Option<Sources>,
+    /// Cgroup namespace to join, which the copy cannot: it still has to reach the container's cgroup.
+    join: Vec<(LinuxNamespaceType, OwnedFd)>,
+}
+
+fn run(control: &OwnedFd, work: OwnedFd, cgroup: OwnedFd, others: Vec<OwnedFd>) -> Result<()> {
     // Nothing of the container may look into this process.
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .step(|| "make the set-up process unreadable".into())?;
+    // Modes of nodes and folders are the ones asked for.
+    rustix::process::umask(rustix::fs::Mode::empty());
     let mut json = Vec::new();
     std::fs::File::from(work)
         .read_to_end(&mut json)
         .step(|| "read the work".into())?;
     let work: Work = serde_json::from_slice(&json)
         .map_err(|error| Error::step("parse the work", std::io::Error::from(error)))?;
-    let flags = match (&work, target) {
-        (Work::Create { spec, .. }, _) => {
-            let process = spec.process().as_ref();
-            process::set_oom_score_adj(process.and_then(Process::oom_score_adj))?;
-            namespaces::join_by_path(spec)?;
+    if let (Some(process), _) = work.process() {
+        process::set_oom_score_adj(process.oom_score_adj())?;
+        let ids = &work.shared().ids;
+        let uid = process.user().uid();
+        process::own_stdio(ids.outer_uid(uid).unwrap_or(uid))?;
+    }
+    let mut child = Child {
+        control,
+        sources: None,
+        join: Vec::new(),
+    };
+    let flags = match &work {
+        Work::Create {
+            spec,
+            rootfs,
+            shared,
+            joins,
+            ..
+        } => {
+            let joins = joins.iter().copied().zip(others);
+            let (late, early) =
+                joins.partition::<Vec<_>, _>(|(kind, _)| *kind == LinuxNamespaceType::Cgroup);
+            child.join = late;
+            child.sources = Some(Sources::open(spec, rootfs, &shared.ids)?);
+            namespaces::make_time(spec)?;
+            namespaces::join_all(&early)?;
             namespaces::clone_flags(spec)
         }
-        (Work::Exec { process, .. }, Some(target)) => {
-            process::set_oom_score_adj(process.oom_score_adj())?;
-            join_container(target.as_fd())?;
+        Work::Exec { process, .. } => {
+            let Some(target) = others.first() else {
+                return Err(Error::State("no container to join".into()));
+            };
+            attributes::apply_initial_affinity(process)?;
+            join_container(target.as_fd(), !work.shared().ids.is_empty())?;
             0
         }
-        (Work::Exec { .. }, None) => return Err(Error::State("no container to join".into())),
     };
+    // The child of a new user namespace waits for its mappings.
+    let (wait, mapped) = pipe_with(PipeFlags::CLOEXEC).step(|| "make a pipe".into())?;
     match sys::clone_sibling(flags, cgroup.as_fd()).step(|| "clone the process".into())? {
         Cloned::Parent(pid) => {
-            send(control.as_fd(), &Report::Pid(pid), None).step(|| "report the pid".into())
+            send(control.as_fd(), &Report::Pid(pid), None).step(|| "report the pid".into())?;
+            if flags & libc::CLONE_NEWUSER as u64 != 0 {
+                work.shared().ids.write(pid)?;
+            }
+            rustix::io::write(&mapped, b"m")
+                .map(drop)
+                .step(|| "tell that the ids are mapped".into())
         }
         Cloned::Child => {
-            drop(cgroup);
-            become_process(control, &work)
+            drop((cgroup, mapped));
+            // Without the byte the copy has failed, and reported it.
+            if !matches!(rustix::io::read(&wait, &mut [0; 1]), Ok(1)) {
+                std::process::exit(1);
+            }
+            drop(wait);
+            become_process(child, &work)
         }
     }
 }
 
-fn join_container(init: BorrowedFd<'_>) -> Result<()> {
-    let all = CloneFlags::CLONE_NEWNS
+fn join_container(init: BorrowedFd<'_>, user_namespace: bool) -> Result<()> {
+    let mut all = CloneFlags::CLONE_NEWNS
         | CloneFlags::CLONE_NEWPID
         | CloneFlags::CLONE_NEWNET
         | CloneFlags::CLONE_NEWIPC
         | CloneFlags::CLONE_NEWUTS
-        | CloneFlags::CLONE_NEWCGROUP;
+        | CloneFlags::CLONE_NEWCGROUP
+        | CloneFlags::from_bits_retain(CLONE_NEWTIME);
+    // A process cannot join the user namespace it is in.
+    if user_namespace {
+        all |= CloneFlags::CLONE_NEWUSER;
+    }
     nix::sched::setns(init, all).step(|| "join the container's namespaces".into())
 }
 
-fn become_process(control: &OwnedFd, work: &Work) -> ! {
+fn become_process(child: Child<'_>, work: &Work) -> ! {
+    let control = child.control;
     let error = match work {
         Work::Create {
             spec,
-            rootfs,
             terminal,
-        } => create(control, spec, rootfs, *terminal),
+            container,
+            shared,
+            ..
+        } => create(child, spec, container, shared, *terminal),
         Work::Exec {
             process,
-            seccomp,
+            shared,
             terminal,
-        } => exec(control, process, seccomp.as_ref(), *terminal),
+        } => exec(control, process, shared, *terminal),
     };
     let (error, code) = match error {
         Err(error) => (error, NOT_FOUND),
@@ -120,28 +183,35 @@ fn become_process(control: &OwnedFd, work: &Work) -> ! {
 type Failed = (Error, i32);
 
 fn create(
-    control: &OwnedFd,
+    child: Child<'_>,
     spec: &Spec,
-    rootfs: &super::rootfs::Rootfs,
+    container: &Identity,
+    shared: &Shared,
     terminal: bool,
 ) -> Result<Failed> {
     let (Some(process), Some(linux)) = (spec.process(), spec.linux()) else {
         return Err(Error::field("process", "is missing"));
     };
+    let Some(sources) = child.sources else {
+        return Err(Error::State("no mounts were opened".into()));
+    };
     rustix::process::setsid().step(|| "make a session".into())?;
+    namespaces::join_all(&child.join)?;
+    if !shared.ids.is_empty() {
+        process::become_inner_root()?;
+    }
     rustix::mount::mount_change(
         "/",
         MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
     )
     .step(|| "cut the mounts off from the guest's".into())?;
-    // Modes of nodes and folders are the ones asked for.
-    rustix::process::umask(rustix::fs::Mode::empty());
     namespaces::set_up(spec)?;
-    let root = rootfs.mount()?;
+    let root = rootfs::mount(&sources.rootfs)?;
     let root = root.as_fd();
     let list = spec.mounts().as_deref().unwrap_or_default();
-    mounts::mount_all(root, list)?;
-    devices::make_all(root, list, linux.devices().as_deref().unwrap_or_default())?;
+    mounts::mount_all(root, list, sources.mounts)?;
+    let devices = linux.devices().as_deref().unwrap_or_default();
+    devices::make_all(root, list, devices, sources.nodes)?;
     let pty = match terminal {
         true => {
             let pty = Pty::open(root, console_size(process))?;
@@ -150,9 +220,10 @@ fn create(
         }
         false => None,
     };
+    hooks::create_container(spec, container, root)?;
     make_cwd(root, process)?;
-    mounts::make_readonly(root, linux.readonly_paths().as_deref().unwrap_or_default())?;
-    mounts::mask(root, linux.masked_paths().as_deref().unwrap_or_default())?;
+    masks::make_readonly(root, linux.readonly_paths().as_deref().unwrap_or_default())?;
+    masks::mask(root, linux.masked_paths().as_deref().unwrap_or_default())?;
     if spec.root().as_ref().and_then(|root| root.readonly()) == Some(true) {
         let readonly = MountAttr {
             set: attr::RDONLY,
@@ -161,21 +232,20 @@ fn create(
         mount_setattr(root, false, readonly).step(|| "root.readonly: set".into())?;
     }
     pivot(root, linux.rootfs_propagation().as_deref())?;
-    finish(control, process, pty, linux.seccomp().as_ref())
+    let hooks = || hooks::start_container(spec, container);
+    finish(child.control, process, pty, shared, &hooks)
 }
 
-fn exec(
-    control: &OwnedFd,
-    process: &Process,
-    seccomp: Option<&LinuxSeccomp>,
-    terminal: bool,
-) -> Result<Failed> {
+fn exec(control: &OwnedFd, process: &Process, shared: &Shared, terminal: bool) -> Result<Failed> {
     rustix::process::setsid().step(|| "make a session".into())?;
+    if !shared.ids.is_empty() {
+        process::become_inner_root()?;
+    }
     let pty = match terminal {
         true => Some(Pty::open(own_root()?.as_fd(), console_size(process))?),
         false => None,
     };
-    finish(control, process, pty, seccomp)
+    finish(control, process, pty, shared, &|| Ok(()))
 }
 
 fn console_size(process: &Process) -> Option<(u64, u64)> {
@@ -221,15 +291,17 @@ fn finish(
     control: &OwnedFd,
     process: &Process,
     pty: Option<Pty>,
-    seccomp: Option<&LinuxSeccomp>,
+    shared: &Shared,
+    hooks: &dyn Fn() -> Result<()>,
 ) -> Result<Failed> {
+    let seccomp = shared.seccomp.as_ref();
     if let Some(pty) = pty {
         let master = pty.become_stdio()?;
         send(control.as_fd(), &Report::Pty, Some(master.as_fd()))
             .step(|| "hand the pty over".into())?;
+        process::own_stdio(process.user().uid())?;
     }
-    process::set_rlimits(process)?;
-    process::own_stdio(process.user())?;
+    process::set_personality(shared.personality.as_ref())?;
     let entered = process::enter_cwd(process.cwd(), true)?;
     let sets = Sets::parse(process.capabilities().as_ref());
     sets.apply_bounding()?;
@@ -257,7 +329,7 @@ fn finish(
     };
     let args_c = strings(process.args().as_deref().unwrap_or_default())?;
     let env_c = strings(&env)?;
-    sys::default_sigpipe();
+    sys::default_signals();
     sys::close_on_exec_from(3).step(|| "keep descriptors from the program".into())?;
     send(control.as_fd(), &Report::Ready, None).step(|| "report readiness".into())?;
     let mut go = [0];
@@ -266,6 +338,7 @@ fn finish(
         // The agent gave the container up.
         _ => std::process::exit(1),
     }
+    hooks()?;
     if let (Some(profile), true) = (seccomp, no_new_privileges) {
         seccomp::load(profile)?;
     }

@@ -64,13 +64,13 @@ impl From<Error> for Unprepared {
     }
 }
 
-/// Makes a process up to its execve. `target` is the pidfd of the init whose namespaces an exec joins.
+/// Makes a process up to its execve. `others` are the descriptors that go with the work.
 pub async fn prepare(
     reaper: &Arc<Reaper>,
     work: &Work,
     stdio: ChildStdio,
     cgroup: BorrowedFd<'_>,
-    target: Option<BorrowedFd<'_>>,
+    others: &[OwnedFd],
 ) -> std::result::Result<Prepared, Unprepared> {
     let (ours, theirs) = rustix::net::socketpair(
         AddressFamily::UNIX,
@@ -84,7 +84,7 @@ pub async fn prepare(
     let work = memory_file(work)?;
     // From here on a child may end before its pid is known: the reaper keeps unknown ends until the launch is over.
     let launch = reaper.launch();
-    spawn_copy(&theirs, &work, cgroup, target, stdio)?;
+    spawn_copy(&theirs, &work, cgroup, others, stdio)?;
     drop((theirs, work));
 
     let mut pid = None;
@@ -183,12 +183,12 @@ fn spawn_copy(
     control: &OwnedFd,
     work: &OwnedFd,
     cgroup: BorrowedFd<'_>,
-    target: Option<BorrowedFd<'_>>,
+    others: &[OwnedFd],
     stdio: ChildStdio,
 ) -> Result<()> {
     let stream = |fd: Option<OwnedFd>| fd.map_or_else(Stdio::null, Stdio::from);
     let mut fds = vec![control.as_fd(), work.as_fd(), cgroup];
-    fds.extend(target);
+    fds.extend(others.iter().map(AsFd::as_fd));
     let mut command = Command::new("/proc/self/exe");
     command
         .arg(COPY_ARG)

@@ -17,6 +17,13 @@ pub struct Setting {
 
 type Settings = Vec<Setting>;
 
+/// Files of the cgroup core that are limits; the others control processes, which is the agent's business.
+const CORE_FILES: [&str; 3] = [
+    "cgroup.max.depth",
+    "cgroup.max.descendants",
+    "cgroup.pressure",
+];
+
 fn push(settings: &mut Settings, field: &str, file: &str, value: impl ToString) {
     settings.push(Setting {
         field: format!("linux.resources.{field}"),
@@ -60,12 +67,23 @@ pub fn settings(resources: &LinuxResources, exists: &dyn Fn(&str) -> bool) -> Re
             return wrong("hugepageLimits.pageSize", "is not a size");
         }
         let file = format!("hugetlb.{size}.max");
-        push(
-            &mut settings,
-            "hugepageLimits.limit",
-            &file,
-            max_or(limit.limit(), 0),
-        );
+        if !exists(&file) {
+            return wrong(
+                "hugepageLimits.pageSize",
+                &format!("{size} is no size of the machine's pages"),
+            );
+        }
+        let reserved = format!("hugetlb.{size}.rsvd.max");
+        for file in [file, reserved] {
+            if exists(&file) {
+                push(
+                    &mut settings,
+                    "hugepageLimits.limit",
+                    &file,
+                    max_or(limit.limit(), 0),
+                );
+            }
+        }
     }
     let mut unified: Vec<_> = resources.unified().iter().flatten().collect();
     unified.sort();
@@ -74,9 +92,15 @@ pub fn settings(resources: &LinuxResources, exists: &dyn Fn(&str) -> bool) -> Re
             && file
                 .bytes()
                 .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_'))
-            && !file.starts_with("cgroup.");
+            && (!file.starts_with("cgroup.") || CORE_FILES.contains(&file.as_str()));
         if !plain {
             return wrong("unified", &format!("\"{file}\" is not a controller's file"));
+        }
+        if !exists(file) {
+            return wrong(
+                "unified",
+                &format!("\"{file}\" is not a file of the guest's cgroups"),
+            );
         }
         push(&mut settings, &format!("unified.{file}"), file, value);
     }
@@ -105,15 +129,20 @@ fn cpu(cpu: &LinuxCpu, settings: &mut Settings) -> Result<()> {
     if let Some(shares) = cpu.shares().filter(|&shares| shares != 0) {
         push(settings, "cpu.shares", "cpu.weight", weight(shares));
     }
-    if cpu.quota().is_some() || cpu.period().is_some() {
-        let quota = cpu.quota().map_or("max".into(), |quota| max_or(quota, 1));
+    // A burst must not be above the quota at any time: it goes first and comes back last.
+    if cpu.burst().is_some() {
+        push(settings, "cpu.burst", "cpu.max.burst", 0);
+    }
+    let quota = cpu.quota().filter(|&quota| quota != 0);
+    if quota.is_some() || cpu.period().is_some_and(|period| period != 0) {
+        let quota = quota.map_or("max".into(), |quota| max_or(quota, 1));
         let value = match cpu.period().filter(|&period| period != 0) {
             Some(period) => format!("{quota} {period}"),
             None => quota,
         };
         push(settings, "cpu.quota", "cpu.max", value);
     }
-    if let Some(burst) = cpu.burst() {
+    if let Some(burst) = cpu.burst().filter(|&burst| burst != 0) {
         push(settings, "cpu.burst", "cpu.max.burst", burst);
     }
     for (field, file, value) in [
@@ -153,9 +182,6 @@ fn memory(
     if memory.use_hierarchy() == Some(false) {
         return refused("memory.useHierarchy");
     }
-    if memory.check_before_update() == Some(true) {
-        return refused("memory.checkBeforeUpdate");
-    }
     let limit = memory.limit().filter(|&limit| limit != 0);
     if let Some(limit) = limit {
         push(settings, "memory.limit", "memory.max", max_or(limit, 0));
@@ -165,7 +191,12 @@ fn memory(
     }
     // The spec counts memory and swap together, v2 counts swap alone. A kernel without swap has no such file, and
     // keeps every limit on it.
-    if let Some(total) = memory.swap().filter(|&total| total != 0)
+    let swap = match (memory.swap(), limit) {
+        // No limit on memory means none on swap, unless one is given.
+        (None | Some(0), Some(..=-1)) => Some(-1),
+        (total, _) => total.filter(|&total| total != 0),
+    };
+    if let Some(total) = swap
         && exists("memory.swap.max")
     {
         let swap = match (total, limit) {
@@ -181,6 +212,29 @@ fn memory(
     Ok(())
 }
 
+/// Weights of groups under the scheduler BFQ.
+pub const BFQ_WEIGHT: &str = "io.bfq.weight";
+
+/// The devices that `linux.resources.blockIO` names, with the field of each.
+pub fn block_devices(resources: &LinuxResources) -> Vec<(&'static str, i64, i64)> {
+    let Some(io) = resources.block_io() else {
+        return Vec::new();
+    };
+    let weights = io.weight_device().iter().flatten();
+    let weights = weights.map(|device| ("weightDevice", device.major(), device.minor()));
+    let throttles = [
+        ("throttleReadBpsDevice", io.throttle_read_bps_device()),
+        ("throttleWriteBpsDevice", io.throttle_write_bps_device()),
+        ("throttleReadIOPSDevice", io.throttle_read_iops_device()),
+        ("throttleWriteIOPSDevice", io.throttle_write_iops_device()),
+    ];
+    let throttles = throttles.into_iter().flat_map(|(field, list)| {
+        let list = list.iter().flatten();
+        list.map(move |device| (field, device.major(), device.minor()))
+    });
+    weights.chain(throttles).collect()
+}
+
 fn block_io(
     io: &LinuxBlockIo,
     exists: &dyn Fn(&str) -> bool,
@@ -189,23 +243,26 @@ fn block_io(
     if io.leaf_weight().is_some_and(|weight| weight != 0) {
         return refused("blockIO.leafWeight");
     }
-    if io
-        .weight_device()
-        .as_ref()
-        .is_some_and(|list| !list.is_empty())
-    {
-        return refused("blockIO.weightDevice");
-    }
+    // BFQ is the only scheduler here that weighs groups by device; the caller turns it on.
+    let weigh = |field: &str, weight: u16| match weight {
+        10..=1000 if exists(BFQ_WEIGHT) => Ok(weight),
+        10..=1000 => refused(field),
+        _ => wrong(field, "is not within 10 and 1000"),
+    };
     if let Some(weight) = io.weight().filter(|&weight| weight != 0) {
-        if !(10..=1000).contains(&weight) {
-            return wrong("blockIO.weight", "is not within 10 and 1000");
+        let value = weigh("blockIO.weight", weight)?;
+        push(settings, "blockIO.weight", BFQ_WEIGHT, value);
+    }
+    for device in io.weight_device().iter().flatten() {
+        if device.leaf_weight().is_some_and(|weight| weight != 0) {
+            return refused("blockIO.weightDevice.leafWeight");
         }
-        if !exists("io.weight") {
-            return refused("blockIO.weight");
+        let (major, minor) = (device.major(), device.minor());
+        if let Some(weight) = device.weight().filter(|&weight| weight != 0) {
+            let weight = weigh("blockIO.weightDevice.weight", weight)?;
+            let value = format!("{major}:{minor} {weight}");
+            push(settings, "blockIO.weightDevice", BFQ_WEIGHT, value);
         }
-        // 10..1000 to 1..10000, as runc does it.
-        let value = 1 + (u64::from(weight) - 10) * 9999 / 990;
-        push(settings, "blockIO.weight", "io.weight", value);
     }
     for (field, key, devices) in [
         (
@@ -287,7 +344,8 @@ mod tests {
 
     #[test]
     fn no_limit_is_max() {
-        assert_eq!(one(r#"{"memory":{"limit":-1}}"#).1, "max");
+        let all = of(r#"{"memory":{"limit":-1}}"#).unwrap();
+        assert!(all.len() == 2 && all.iter().all(|(_, value)| value == "max"));
         assert_eq!(one(r#"{"pids":{"limit":0}}"#).1, "max");
         assert_eq!(one(r#"{"pids":{"limit":5}}"#).1, "5");
     }
@@ -321,5 +379,48 @@ mod tests {
                 "{name}"
             );
         }
+        assert_eq!(one(r#"{"unified":{"cgroup.max.depth":"2"}}"#).1, "2");
+    }
+
+    #[test]
+    fn what_the_kernel_lacks_is_refused() {
+        for (json, field) in [
+            (r#"{"unified":{"cpu.uclamp.min":"1"}}"#, "unified"),
+            (
+                r#"{"hugepageLimits":[{"pageSize":"3MB","limit":1}]}"#,
+                "pageSize",
+            ),
+            (r#"{"blockIO":{"weight":10}}"#, "blockIO.weight"),
+        ] {
+            let resources: LinuxResources = serde_json::from_str(json).unwrap();
+            let error = settings(&resources, &|_| false).unwrap_err().text();
+            assert!(error.contains(field), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_burst_is_taken_back_while_the_quota_changes() {
+        let all = of(r#"{"cpu":{"quota":5000,"burst":4000}}"#).unwrap();
+        let values: Vec<&str> = all.iter().map(|(_, value)| value.as_str()).collect();
+        assert_eq!(values, ["0", "5000", "4000"]);
+    }
+
+    #[test]
+    fn weights_and_throttles_of_devices_go_to_their_files() {
+        let all = of(
+            r#"{"blockIO":{"weight":500,"weightDevice":[{"major":254,"minor":0,"weight":100}],
+            "throttleWriteIOPSDevice":[{"major":254,"minor":16,"rate":7}]}}"#,
+        )
+        .unwrap();
+        let all: Vec<String> = all.iter().map(|(f, v)| format!("{f} {v}")).collect();
+        assert_eq!(
+            all,
+            [
+                "io.bfq.weight 500",
+                "io.bfq.weight 254:0 100",
+                "io.max 254:16 wiops=7"
+            ]
+        );
+        assert!(of(r#"{"blockIO":{"weight":5}}"#).is_err());
     }
 }

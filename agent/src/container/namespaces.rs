@@ -1,55 +1,90 @@
-//! Step: namespaces. New ones come with the clone of the init, those named by a path (guest paths such as
-//! `/proc/<pid>/ns/ipc`) are joined before it; one that the spec does not list is shared with the agent.
+//! Step: namespaces. New ones come with the clone of the init; those named by a path are joined before it; one that the spec
+//! does not list is shared with the agent.
+//!
+//! A path is one of the guest's: `/proc/N/ns/KIND`, where N is the init of a container of this pod. The agent looks N up
+//! and opens the file; the copy joins what it was handed.
 
 use std::{
+    fs::{self, File},
     os::fd::{AsFd, OwnedFd},
-    path::PathBuf,
+    path::Path,
 };
 
-use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
-use rustix::{
-    fs::{Mode, OFlags},
-    thread::{LinkNameSpaceType, UnshareFlags},
-};
+use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Spec};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use crate::{
     error::{Context, Error, Result},
     sys,
 };
 
-/// Checks the list: a new mount namespace is needed, user and time namespaces are not there yet.
-pub fn check(namespaces: &[LinuxNamespace]) -> Result<()> {
+/// A namespace to join.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Join {
+    /// Its kind.
+    pub kind: LinuxNamespaceType,
+    /// Init of the container that has it.
+    pub pid: u32,
+    field: String,
+}
+
+impl Join {
+    /// Opens it. The caller has made sure of the pid.
+    pub fn open(&self) -> Result<OwnedFd> {
+        let path = format!("/proc/{}/ns/{}", self.pid, file_name(self.kind));
+        File::open(&path)
+            .map(OwnedFd::from)
+            .step(|| format!("{}: open {path}", self.field))
+    }
+
+    /// The error for a pid that is no container's init.
+    pub fn unknown(&self) -> Error {
+        let reason = format!("{} is not the init of a container of this pod", self.pid);
+        Error::field(&self.field, reason)
+    }
+}
+
+/// Checks the list, and the fields that depend on it.
+pub fn check(linux: &Linux) -> Result<()> {
+    let list = linux.namespaces().as_deref().unwrap_or_default();
     let mut seen = Vec::new();
-    for (index, namespace) in namespaces.iter().enumerate() {
+    for (index, namespace) in list.iter().enumerate() {
         let field = format!("linux.namespaces[{index}]");
         let kind = namespace.typ();
         if seen.contains(&kind) {
             return Err(Error::field(field, format!("{kind} is listed twice")));
         }
         seen.push(kind);
-        match kind {
-            LinuxNamespaceType::User | LinuxNamespaceType::Time => {
-                return Err(Error::refused(format!("{field} \"{kind}\"")));
-            }
-            LinuxNamespaceType::Mount if path(namespace).is_some() => {
-                return Err(Error::refused(format!("{field}.path of a mount namespace")));
-            }
-            _ => {}
-        }
-        if path(namespace).is_some_and(|path| !path.is_absolute()) {
-            return Err(Error::field(format!("{field}.path"), "is not absolute"));
-        }
+        join(index, namespace)?;
     }
     if !seen.contains(&LinuxNamespaceType::Mount) {
         return Err(Error::field("linux.namespaces", "lists no mount namespace"));
     }
+    let new_time = list
+        .iter()
+        .any(|one| one.typ() == LinuxNamespaceType::Time && path(one).is_none());
+    for (clock, offset) in linux.time_offsets().iter().flatten() {
+        let field = format!("linux.timeOffsets.{clock}");
+        if !new_time {
+            return Err(Error::field(field, "needs a new time namespace"));
+        }
+        if !matches!(clock.as_str(), "monotonic" | "boottime") {
+            return Err(Error::field(field, "is not a clock of a time namespace"));
+        }
+        if offset.nanosecs().is_some_and(|n| n >= 1_000_000_000) {
+            return Err(Error::field(field, "has a second or more in nanosecs"));
+        }
+    }
+    for (key, value) in linux.sysctl().iter().flatten() {
+        check_sysctl(key, value, &seen)?;
+    }
     Ok(())
 }
 
-fn path(namespace: &LinuxNamespace) -> Option<&PathBuf> {
+fn path(namespace: &LinuxNamespace) -> Option<&Path> {
     namespace
         .path()
-        .as_ref()
+        .as_deref()
         .filter(|path| !path.as_os_str().is_empty())
 }
 
@@ -60,6 +95,58 @@ fn list(spec: &Spec) -> &[LinuxNamespace] {
         .unwrap_or_default()
 }
 
+/// Name of the kind's file in `/proc/N/ns`.
+fn file_name(kind: LinuxNamespaceType) -> &'static str {
+    match kind {
+        LinuxNamespaceType::Mount => "mnt",
+        LinuxNamespaceType::Cgroup => "cgroup",
+        LinuxNamespaceType::Uts => "uts",
+        LinuxNamespaceType::Ipc => "ipc",
+        LinuxNamespaceType::User => "user",
+        LinuxNamespaceType::Pid => "pid",
+        LinuxNamespaceType::Network => "net",
+        LinuxNamespaceType::Time => "time",
+    }
+}
+
+fn join(index: usize, namespace: &LinuxNamespace) -> Result<Option<Join>> {
+    let Some(path) = path(namespace) else {
+        return Ok(None);
+    };
+    let field = format!("linux.namespaces[{index}].path");
+    let kind = namespace.typ();
+    if kind == LinuxNamespaceType::Mount {
+        let reason = "cannot be joined: a container has mounts of its own";
+        return Err(Error::field(field, reason));
+    }
+    let parts: Vec<_> = path.to_str().unwrap_or_default().split('/').collect();
+    let pid = match parts.as_slice() {
+        ["", "proc", pid, "ns", name] if *name == file_name(kind) => pid.parse().ok(),
+        _ => None,
+    };
+    match pid {
+        Some(pid) => Ok(Some(Join { kind, pid, field })),
+        None => {
+            let reason = format!(
+                "{} is not /proc/PID/ns/{} of a container of this pod",
+                path.display(),
+                file_name(kind)
+            );
+            Err(Error::field(field, reason))
+        }
+    }
+}
+
+/// What is to be joined: a user namespace comes last, since the rights over the others end with it.
+pub fn joins(spec: &Spec) -> Result<Vec<Join>> {
+    let mut joins = Vec::new();
+    for (index, namespace) in list(spec).iter().enumerate() {
+        joins.extend(join(index, namespace)?);
+    }
+    joins.sort_by_key(|join| join.kind == LinuxNamespaceType::User);
+    Ok(joins)
+}
+
 /// Whether the spec asks for a new namespace of this kind.
 pub fn is_new(spec: &Spec, kind: LinuxNamespaceType) -> bool {
     list(spec)
@@ -67,10 +154,18 @@ pub fn is_new(spec: &Spec, kind: LinuxNamespaceType) -> bool {
         .any(|namespace| namespace.typ() == kind && path(namespace).is_none())
 }
 
+/// Whether the spec names another container's namespace of this kind.
+pub fn is_joined(spec: &Spec, kind: LinuxNamespaceType) -> bool {
+    list(spec)
+        .iter()
+        .any(|namespace| namespace.typ() == kind && path(namespace).is_some())
+}
+
 /// Flags for the clone. A new cgroup namespace is not among them: its root is the cgroup of who makes it, so the init makes
-/// it itself, inside its cgroup.
+/// it itself, inside its cgroup. Nor is a time namespace: its clocks are set before anything is in it.
 pub fn clone_flags(spec: &Spec) -> u64 {
     [
+        (LinuxNamespaceType::User, libc::CLONE_NEWUSER),
         (LinuxNamespaceType::Mount, libc::CLONE_NEWNS),
         (LinuxNamespaceType::Pid, libc::CLONE_NEWPID),
         (LinuxNamespaceType::Network, libc::CLONE_NEWNET),
@@ -82,24 +177,42 @@ pub fn clone_flags(spec: &Spec) -> u64 {
     .fold(0, |flags, (_, flag)| flags | flag as u64)
 }
 
-/// Joins the namespaces that are named by a path.
-pub fn join_by_path(spec: &Spec) -> Result<()> {
-    for (index, namespace) in list(spec).iter().enumerate() {
-        let Some(path) = path(namespace) else {
-            continue;
-        };
-        let kind = match namespace.typ() {
+/// Joins the namespaces that the agent has opened.
+pub fn join_all(files: &[(LinuxNamespaceType, OwnedFd)]) -> Result<()> {
+    for (kind, file) in files {
+        let name = match kind {
+            LinuxNamespaceType::Mount => LinkNameSpaceType::Mount,
+            LinuxNamespaceType::Cgroup => LinkNameSpaceType::ControlGroup,
+            LinuxNamespaceType::Uts => LinkNameSpaceType::HostNameAndNISDomainName,
+            LinuxNamespaceType::Ipc => LinkNameSpaceType::InterProcessCommunication,
+            LinuxNamespaceType::User => LinkNameSpaceType::User,
             LinuxNamespaceType::Pid => LinkNameSpaceType::ProcessID,
             LinuxNamespaceType::Network => LinkNameSpaceType::Network,
-            LinuxNamespaceType::Ipc => LinkNameSpaceType::InterProcessCommunication,
-            LinuxNamespaceType::Uts => LinkNameSpaceType::HostNameAndNISDomainName,
-            LinuxNamespaceType::Cgroup => LinkNameSpaceType::ControlGroup,
-            other => return Err(Error::refused(format!("linux.namespaces \"{other}\""))),
+            LinuxNamespaceType::Time => LinkNameSpaceType::Time,
         };
-        let what = || format!("linux.namespaces[{index}].path: join {}", path.display());
-        let file: OwnedFd =
-            rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).step(what)?;
-        rustix::thread::move_into_link_name_space(file.as_fd(), Some(kind)).step(what)?;
+        rustix::thread::move_into_link_name_space(file.as_fd(), Some(name))
+            .step(|| format!("linux.namespaces: join the {kind} namespace"))?;
+    }
+    Ok(())
+}
+
+/// Makes the time namespace that the caller's children will be in, with its clocks set.
+pub fn make_time(spec: &Spec) -> Result<()> {
+    if !is_new(spec, LinuxNamespaceType::Time) {
+        return Ok(());
+    }
+    sys::unshare(UnshareFlags::NEWTIME).step(|| "make a time namespace".into())?;
+    let offsets = spec
+        .linux()
+        .as_ref()
+        .and_then(|l| l.time_offsets().as_ref());
+    for (clock, offset) in offsets.into_iter().flatten() {
+        let (secs, nanosecs) = (offset.secs().unwrap_or(0), offset.nanosecs().unwrap_or(0));
+        fs::write(
+            "/proc/self/timens_offsets",
+            format!("{clock} {secs} {nanosecs}\n"),
+        )
+        .step(|| format!("linux.timeOffsets.{clock}: set {secs} s {nanosecs} ns"))?;
     }
     Ok(())
 }
@@ -107,9 +220,7 @@ pub fn join_by_path(spec: &Spec) -> Result<()> {
 /// The init's part: own cgroup namespace, loopback, names, sysctls. `/proc` is still the guest's.
 pub fn set_up(spec: &Spec) -> Result<()> {
     if is_new(spec, LinuxNamespaceType::Cgroup) {
-        // SAFETY: the set-up child has one thread, which shares nothing with another process.
-        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWCGROUP) }
-            .step(|| "make a cgroup namespace".into())?;
+        sys::unshare(UnshareFlags::NEWCGROUP).step(|| "make a cgroup namespace".into())?;
     }
     if is_new(spec, LinuxNamespaceType::Network) {
         sys::loopback_up().step(|| "bring loopback up".into())?;
@@ -126,19 +237,43 @@ pub fn set_up(spec: &Spec) -> Result<()> {
         .as_ref()
         .and_then(|linux| linux.sysctl().as_ref());
     for (key, value) in sysctls.into_iter().flatten() {
-        std::fs::write(sysctl_path(key), value)
+        fs::write(sysctl_path(key), value)
             .step(|| format!("linux.sysctl {key}: write \"{value}\""))?;
     }
     Ok(())
 }
 
-fn sysctl_path(key: &str) -> String {
-    format!("/proc/sys/{}", key.replace('.', "/"))
+/// The key with dots, as sysctl(8) reads both forms: whichever of `.` and `/` comes first separates, the other is part
+/// of a name (`net/ipv4/conf/eth0.1/forwarding`).
+fn dotted(key: &str) -> String {
+    if key
+        .find(['.', '/'])
+        .and_then(|at| key.get(at..)?.chars().next())
+        == Some('/')
+    {
+        swap(key)
+    } else {
+        key.into()
+    }
 }
 
-/// A sysctl must be namespaced: another one would change the machine under the pod's other containers.
-pub fn check_sysctl(key: &str, value: &str) -> Result<()> {
-    const NAMESPACED: [&str; 10] = [
+fn swap(key: &str) -> String {
+    key.chars()
+        .map(|c| match c {
+            '.' => '/',
+            '/' => '.',
+            other => other,
+        })
+        .collect()
+}
+
+fn sysctl_path(key: &str) -> String {
+    format!("/proc/sys/{}", swap(&dotted(key)))
+}
+
+/// A sysctl must be of a namespace that the container has: another one would change the machine under the pod's other containers.
+fn check_sysctl(key: &str, value: &str, namespaces: &[LinuxNamespaceType]) -> Result<()> {
+    const IPC: [&str; 8] = [
         "kernel.msgmax",
         "kernel.msgmnb",
         "kernel.msgmni",
@@ -147,44 +282,57 @@ pub fn check_sysctl(key: &str, value: &str) -> Result<()> {
         "kernel.shmmax",
         "kernel.shmmni",
         "kernel.shm_rmid_forced",
-        "kernel.hostname",
-        "kernel.domainname",
     ];
-    let dotted = key.replace('/', ".");
+    let wrong = |reason: &str| Err(Error::field(format!("linux.sysctl {key:?}"), reason));
+    let dotted = dotted(key);
     let plain = key
         .bytes()
-        .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-' | b'/'));
-    let known = NAMESPACED.contains(&dotted.as_str())
-        || dotted.starts_with("net.")
-        || dotted.starts_with("fs.mqueue.");
-    if !plain || value.contains('\0') {
-        return Err(Error::field(
-            format!("linux.sysctl {key:?}"),
-            "is not a name",
-        ));
+        .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-' | b'/' | b'*'));
+    if !plain
+        || swap(&dotted)
+            .split('/')
+            .any(|part| matches!(part, "" | "." | ".."))
+    {
+        return wrong("is not a name");
     }
-    if !known {
-        return Err(Error::field(
-            format!("linux.sysctl {key}"),
-            "is not namespaced",
-        ));
+    if value.contains('\0') {
+        return wrong("has a value with a zero byte");
     }
-    Ok(())
+    let (kind, name) = match dotted.as_str() {
+        "kernel.hostname" => return wrong("is the field hostname"),
+        "kernel.domainname" => (LinuxNamespaceType::Uts, "uts"),
+        ipc if IPC.contains(&ipc) || ipc.starts_with("fs.mqueue.") => {
+            (LinuxNamespaceType::Ipc, "ipc")
+        }
+        net if net.starts_with("net.") => (LinuxNamespaceType::Network, "network"),
+        _ => return wrong("is not namespaced"),
+    };
+    if namespaces.contains(&kind) {
+        Ok(())
+    } else {
+        wrong(&format!("needs a {name} namespace"))
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn namespaces(json: &str) -> Vec<LinuxNamespace> {
-        serde_json::from_str(json).unwrap()
+    const ALL: [LinuxNamespaceType; 3] = [
+        LinuxNamespaceType::Uts,
+        LinuxNamespaceType::Ipc,
+        LinuxNamespaceType::Network,
+    ];
+
+    fn checked(linux: &str) -> std::result::Result<(), String> {
+        check(&serde_json::from_str(&format!("{{{linux}}}")).unwrap()).map_err(|e| e.text())
     }
 
     #[test]
     fn new_and_joined_namespaces_are_told_apart() {
         let spec: Spec = serde_json::from_str(
             r#"{"ociVersion":"1.0.2","linux":{"namespaces":[{"type":"mount"},{"type":"pid"},
-            {"type":"ipc","path":"/proc/5/ns/ipc"},{"type":"cgroup"}]}}"#,
+            {"type":"user","path":"/proc/5/ns/user"},{"type":"ipc","path":"/proc/5/ns/ipc"},{"type":"cgroup"}]}}"#,
         )
         .unwrap();
         assert_eq!(
@@ -193,37 +341,81 @@ mod tests {
         );
         assert!(is_new(&spec, LinuxNamespaceType::Cgroup));
         assert!(!is_new(&spec, LinuxNamespaceType::Ipc));
+        let joins = joins(&spec).unwrap();
+        assert_eq!(joins.len(), 2);
+        assert_eq!(joins.last().unwrap().kind, LinuxNamespaceType::User);
+        assert_eq!(joins.last().unwrap().pid, 5);
     }
 
     #[test]
-    fn user_time_and_double_namespaces_are_refused() {
-        for json in [
-            r#"[{"type":"mount"},{"type":"user"}]"#,
-            r#"[{"type":"mount"},{"type":"time"}]"#,
-            r#"[{"type":"mount"},{"type":"mount"}]"#,
-            r#"[{"type":"mount","path":"/x"}]"#,
-            r#"[{"type":"mount"},{"type":"ipc","path":"x"}]"#,
+    fn lists_that_make_no_sense_are_refused() {
+        for list in [
+            r#"{"type":"mount"},{"type":"mount"}"#,
+            r#"{"type":"pid"}"#,
+            r#"{"type":"mount","path":"/proc/5/ns/mnt"}"#,
+            r#"{"type":"mount"},{"type":"ipc","path":"x"}"#,
+            r#"{"type":"mount"},{"type":"ipc","path":"/proc/5/ns/net"}"#,
+            r#"{"type":"mount"},{"type":"ipc","path":"/proc/self/ns/ipc"}"#,
+            r#"{"type":"mount"},{"type":"ipc","path":"/proc/5/../5/ns/ipc"}"#,
+            r#"{"type":"mount"},{"type":"ipc","path":"/run/netns/x"}"#,
         ] {
-            assert!(check(&namespaces(json)).is_err(), "{json}");
+            let error = checked(&format!(r#""namespaces":[{list}]"#)).unwrap_err();
+            assert!(error.contains("linux.namespaces"), "{list}: {error}");
         }
     }
 
     #[test]
+    fn time_offsets_need_a_new_time_namespace_and_a_clock_of_it() {
+        let offsets = |list: &str, clock: &str| {
+            checked(&format!(
+                r#""namespaces":[{{"type":"mount"}}{list}],"timeOffsets":{{"{clock}":{{"secs":1}}}}"#
+            ))
+        };
+        offsets(r#",{"type":"time"}"#, "boottime").unwrap();
+        assert!(offsets("", "boottime").is_err());
+        assert!(offsets(r#",{"type":"time","path":"/proc/5/ns/time"}"#, "boottime").is_err());
+        assert!(offsets(r#",{"type":"time"}"#, "realtime").is_err());
+    }
+
+    #[test]
     fn sysctls_of_the_machine_are_refused() {
-        check_sysctl("net.ipv4.ip_forward", "1").unwrap();
-        check_sysctl("fs.mqueue.msg_max", "1").unwrap();
+        for key in [
+            "net.ipv4.ip_forward",
+            "net/ipv4/conf/eth0.1/forwarding",
+            "fs.mqueue.msg_max",
+            "kernel.shm_rmid_forced",
+            "kernel/sem",
+            "kernel.domainname",
+        ] {
+            check_sysctl(key, "1", &ALL).unwrap();
+            assert!(check_sysctl(key, "1", &[]).is_err(), "{key}");
+        }
         for key in [
             "vm.swappiness",
             "kernel.panic",
             "net.ipv4.\0x",
             "kernel.core_pattern",
+            "kernel.hostname",
+            "net/../kernel/panic",
+            "net..ipv4",
         ] {
-            assert!(check_sysctl(key, "1").is_err(), "{key}");
+            assert!(check_sysctl(key, "1", &ALL).is_err(), "{key}");
         }
     }
 
     #[test]
-    fn a_sysctl_cannot_leave_its_folder() {
-        assert!(!sysctl_path("net.../../x").contains(".."));
+    fn both_forms_of_a_sysctl_name_the_same_file() {
+        assert_eq!(
+            sysctl_path("net.ipv4.ip_forward"),
+            sysctl_path("net/ipv4/ip_forward")
+        );
+        assert_eq!(
+            sysctl_path("net/ipv4/conf/eth0.1/forwarding"),
+            "/proc/sys/net/ipv4/conf/eth0.1/forwarding"
+        );
+        assert_eq!(
+            sysctl_path("net.ipv4.conf.eth0/1.forwarding"),
+            "/proc/sys/net/ipv4/conf/eth0.1/forwarding"
+        );
     }
 }

@@ -18,6 +18,12 @@ pub struct Options {
     pub recursive: MountAttr,
     /// Propagation: flag and whether it is recursive.
     pub propagation: Option<(u64, bool)>,
+    /// `remount`: what is mounted there already is changed.
+    pub remount: bool,
+    /// `tmpcopyup`: a tmpfs takes over what the folder it covers holds.
+    pub copy_up: bool,
+    /// `idmap` or `ridmap`; true for recursive.
+    pub idmap: Option<bool>,
     /// Flags of the file system (`sync` ...).
     pub flags: Vec<String>,
     /// Data of the file system: key and value, or a key alone.
@@ -99,13 +105,18 @@ impl Options {
                 self.bind.get_or_insert(false);
             }
             "rbind" => self.bind = Some(true),
-            "defaults" | "async" | "nomand" | "loud" | "nolazytime" | "noiversion" | "" => {}
-            "sync" | "dirsync" | "mand" | "silent" | "lazytime" | "iversion" => {
-                self.flags.push(option.to_string());
-            }
-            "remount" | "tmpcopyup" | "idmap" | "ridmap" | "acl" | "noacl" | "z" | "Z" => {
+            // What file systems do anyway; `silent` and `loud` are about the kernel's log.
+            "defaults" | "async" | "nomand" | "silent" | "loud" | "noiversion" | "" => {}
+            "nolazytime" => self.flags.retain(|flag| flag != "lazytime"),
+            "sync" | "dirsync" | "lazytime" => self.flags.push(option.to_string()),
+            // The kernel has no mandatory locks any more, and no change counters for what the guest mounts.
+            "mand" | "iversion" => {
                 return Err(Error::refused(format!("{field}.options \"{option}\"")));
             }
+            "remount" => self.remount = true,
+            "tmpcopyup" => self.copy_up = true,
+            "idmap" => self.idmap = Some(false),
+            "ridmap" => self.idmap = Some(true),
             _ => {
                 if let Some(change) = attribute(option) {
                     apply(&mut self.own, change);
@@ -194,10 +205,18 @@ mod tests {
     }
 
     #[test]
+    fn options_of_runc_that_are_no_flags_are_kept_apart() {
+        let o = parse(true, &["ridmap", "remount"]).unwrap();
+        assert_eq!((o.idmap, o.remount, o.copy_up), (Some(true), true, false));
+        let o = parse(false, &["tmpcopyup", "lazytime", "nolazytime", "size=1m"]).unwrap();
+        assert!(o.copy_up && o.flags.is_empty() && o.data.len() == 1);
+    }
+
+    #[test]
     fn data_on_a_bind_and_unsupported_options_are_refused_by_name() {
         let error = parse(true, &["size=1"]).unwrap_err().text();
         assert!(error.contains("mounts[0].options") && error.contains("size"));
-        for option in ["tmpcopyup", "idmap", "remount"] {
+        for option in ["mand", "iversion"] {
             let error = parse(false, &[option]).unwrap_err().text();
             assert!(error.contains(option), "{error}");
         }

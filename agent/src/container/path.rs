@@ -14,6 +14,9 @@ use rustix::{
 /// Links followed at most while a missing path is made; the kernel's own limit.
 const LINKS_MAX: u32 = 40;
 
+/// Lookups tried again at most while somebody renames what they pass.
+const RETRIES_MAX: u32 = 1000;
+
 /// What a mount point has to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PointKind {
@@ -46,24 +49,40 @@ pub fn open_in_root(root: BorrowedFd<'_>, path: &Path, flags: OFlags) -> Result<
     } else {
         &relative
     };
-    rustix::fs::openat2(
-        root,
-        relative,
-        flags | OFlags::CLOEXEC,
-        Mode::empty(),
-        ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
-    )
+    retried(|| {
+        rustix::fs::openat2(
+            root,
+            relative,
+            flags | OFlags::CLOEXEC,
+            Mode::empty(),
+            ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
+        )
+    })
+}
+
+/// The kernel answers EAGAIN if something was renamed or mounted while it looked at a `..`: it cannot tell whether that
+/// left the root.
+fn retried(open: impl Fn() -> Result<OwnedFd, Errno>) -> Result<OwnedFd, Errno> {
+    for _ in 0..RETRIES_MAX {
+        match open() {
+            Err(Errno::AGAIN) => {}
+            other => return other,
+        }
+    }
+    open()
 }
 
 /// Opens `path` beneath `root` without following any link: for names that must be what they say.
 pub fn open_beneath(root: BorrowedFd<'_>, path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
-    rustix::fs::openat2(
-        root,
-        path,
-        flags | OFlags::CLOEXEC,
-        Mode::empty(),
-        ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS,
-    )
+    retried(|| {
+        rustix::fs::openat2(
+            root,
+            path,
+            flags | OFlags::CLOEXEC,
+            Mode::empty(),
+            ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS,
+        )
+    })
 }
 
 /// The folder or file `path` inside `root`; what is missing of it is made.

@@ -1,22 +1,32 @@
 //! Steps that turn the set-up child into the container's process: limits, user, capabilities, folder, executable.
 
 use std::{
+    collections::HashMap,
     ffi::{CString, OsStr},
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
 };
 
-use oci_spec::runtime::{
-    Capabilities, Capability, LinuxCapabilities, PosixRlimitType, Process, User,
-};
+use oci_spec::runtime::{LinuxPersonality, LinuxPersonalityDomain, Process, User};
 use rustix::{
     fs::{Access, AtFlags, CWD, FileType, Gid, Mode, Uid},
     io::Errno,
-    process::{Resource, Rlimit},
-    thread::{CapabilitySet, CapabilitySets},
 };
 
-use crate::error::{Context, Error, Result, errno_text};
+use super::attributes;
+use crate::{
+    error::{Context, Error, Result, errno_text},
+    sys,
+};
+
+/// AppArmor profiles that containerd and Docker set where their host has AppArmor, and the one that means none.
+const UNASKED_PROFILES: [&str; 5] = [
+    "",
+    "unconfined",
+    "cri-containerd.apparmor.d",
+    "docker-default",
+    "nerdctl-default",
+];
 
 /// Checks what can be checked without a process; refuses what is not enforced. `field` is the process's path in
 /// the spec.
@@ -39,66 +49,41 @@ pub fn check(field: &str, process: &Process) -> Result<()> {
         }
     }
     for (part, set) in [
-        ("apparmorProfile", process.apparmor_profile()),
         ("selinuxLabel", process.selinux_label()),
         ("commandLine", process.command_line()),
+        ("user.username", process.user().username()),
     ] {
         if set.as_deref().is_some_and(|text| !text.is_empty()) {
             return Err(Error::refused(name(part)));
         }
     }
-    if process.io_priority().is_some() {
-        return Err(Error::refused(name("ioPriority")));
+    // The guest has no AppArmor. What containerd and Docker set unasked is passed over; somebody's own profile is not.
+    let profile = process.apparmor_profile().as_deref().unwrap_or_default();
+    if !UNASKED_PROFILES.contains(&profile) {
+        return Err(Error::refused(format!(
+            "{} \"{profile}\"",
+            name("apparmorProfile")
+        )));
     }
-    if process.scheduler().is_some() {
-        return Err(Error::refused(name("scheduler")));
-    }
-    if process.exec_cpu_affinity().is_some() {
-        return Err(Error::refused(name("execCPUAffinity")));
-    }
-    for rlimit in process.rlimits().iter().flatten() {
-        if rlimit.soft() > rlimit.hard() {
-            let reason = format!("{:?} has a soft limit above the hard one", rlimit.typ());
-            return Err(Error::field(name("rlimits"), reason));
+    for entry in process.env().iter().flatten() {
+        if entry.find('=').unwrap_or(0) == 0 {
+            let shown: String = entry.chars().take(40).collect();
+            return Err(Error::field(
+                name("env"),
+                format!("{shown:?} is not NAME=VALUE"),
+            ));
         }
     }
-    Ok(())
-}
-
-/// Sets `process.rlimits`.
-pub fn set_rlimits(process: &Process) -> Result<()> {
-    for rlimit in process.rlimits().iter().flatten() {
-        let value = |limit: u64| (limit != u64::MAX).then_some(limit);
-        let limit = Rlimit {
-            current: value(rlimit.soft()),
-            maximum: value(rlimit.hard()),
-        };
-        rustix::process::setrlimit(resource(rlimit.typ()), limit)
-            .step(|| format!("process.rlimits: set {}", rlimit.typ()))?;
+    if process
+        .oom_score_adj()
+        .is_some_and(|n| !(-1000..=1000).contains(&n))
+    {
+        return Err(Error::field(
+            name("oomScoreAdj"),
+            "is not within -1000 and 1000",
+        ));
     }
-    Ok(())
-}
-
-fn resource(kind: PosixRlimitType) -> Resource {
-    use PosixRlimitType as P;
-    match kind {
-        P::RlimitCpu => Resource::Cpu,
-        P::RlimitFsize => Resource::Fsize,
-        P::RlimitData => Resource::Data,
-        P::RlimitStack => Resource::Stack,
-        P::RlimitCore => Resource::Core,
-        P::RlimitRss => Resource::Rss,
-        P::RlimitNproc => Resource::Nproc,
-        P::RlimitNofile => Resource::Nofile,
-        P::RlimitMemlock => Resource::Memlock,
-        P::RlimitAs => Resource::As,
-        P::RlimitLocks => Resource::Locks,
-        P::RlimitSigpending => Resource::Sigpending,
-        P::RlimitMsgqueue => Resource::Msgqueue,
-        P::RlimitNice => Resource::Nice,
-        P::RlimitRtprio => Resource::Rtprio,
-        P::RlimitRttime => Resource::Rttime,
-    }
+    attributes::check(field, process)
 }
 
 /// Writes `process.oomScoreAdj` for the calling process.
@@ -125,7 +110,11 @@ pub fn enter_cwd(cwd: &Path, make: bool) -> Result<bool> {
         }
     }
     match rustix::process::chdir(cwd) {
-        Ok(()) => Ok(true),
+        // A way of /proc/self/fd could lead to a folder that is not in the container.
+        Ok(()) => match rustix::process::getcwd(Vec::new()) {
+            Ok(inside) if inside.to_bytes().starts_with(b"/") => Ok(true),
+            _ => Err(Error::field("process.cwd", "is outside of the container")),
+        },
         Err(Errno::ACCESS | Errno::PERM) if make => Ok(false),
         Err(error) => {
             let what = format!(
@@ -157,8 +146,9 @@ pub fn set_user(user: &User) -> Result<()> {
     rustix::thread::set_keep_capabilities(false).step(|| "drop keep capabilities".into())
 }
 
-/// Gives the standard streams to the user, so that `/dev/stdout` can be opened again.
-pub fn own_stdio(user: &User) -> Result<()> {
+/// Gives the standard streams to the user, so that `/dev/stdout` can be opened again. Streams that cannot be given stay as they
+/// are, as with runc.
+pub fn own_stdio(uid: u32) -> Result<()> {
     for fd in [
         rustix::stdio::stdin(),
         rustix::stdio::stdout(),
@@ -167,84 +157,72 @@ pub fn own_stdio(user: &User) -> Result<()> {
         let stat = rustix::fs::fstat(fd).step(|| "stat the standard streams".into())?;
         let kind = FileType::from_raw_mode(stat.st_mode);
         let null = kind == FileType::CharacterDevice && rustix::fs::major(stat.st_rdev) == 1;
-        if !null && stat.st_uid != user.uid() {
-            rustix::fs::fchown(fd, Some(Uid::from_raw(user.uid())), None)
-                .step(|| "own the standard streams".into())?;
+        if null || stat.st_uid == uid {
+            continue;
+        }
+        match rustix::fs::fchown(fd, Some(Uid::from_raw(uid)), None) {
+            Ok(()) | Err(Errno::PERM | Errno::INVAL | Errno::ROFS) => {}
+            Err(error) => return Err(Error::step("own the standard streams", error)),
         }
     }
     Ok(())
 }
 
-/// The five capability sets of a process.
-pub struct Sets {
-    bounding: CapabilitySet,
-    sets: CapabilitySets,
-    ambient: CapabilitySet,
+/// Becomes root of the user namespace that the process is in. Until then its files would belong to nobody there.
+pub fn become_inner_root() -> Result<()> {
+    let what = || "become root of the user namespace".to_string();
+    rustix::thread::set_thread_groups(&[]).step(what)?;
+    let (uid, gid) = (Uid::ROOT, Gid::ROOT);
+    rustix::thread::set_thread_res_gid(gid, gid, gid).step(what)?;
+    rustix::thread::set_thread_res_uid(uid, uid, uid).step(what)
 }
 
-impl Sets {
-    /// From the spec; a missing set is empty.
-    pub fn parse(spec: Option<&LinuxCapabilities>) -> Self {
-        let set = |get: fn(&LinuxCapabilities) -> &Option<Capabilities>| {
-            spec.and_then(|spec| get(spec).as_ref())
-                .into_iter()
-                .flatten()
-                .fold(CapabilitySet::empty(), |set, &one| set | bit(one))
-        };
-        Self {
-            bounding: set(LinuxCapabilities::bounding),
-            sets: CapabilitySets {
-                effective: set(LinuxCapabilities::effective),
-                permitted: set(LinuxCapabilities::permitted),
-                inheritable: set(LinuxCapabilities::inheritable),
-            },
-            ambient: set(LinuxCapabilities::ambient),
-        }
+/// Checks `linux.personality`: the spec has no flags yet.
+pub fn check_personality(personality: &LinuxPersonality) -> Result<()> {
+    match personality.flags().as_ref().is_some_and(|f| !f.is_empty()) {
+        true => Err(Error::refused("linux.personality.flags")),
+        false => Ok(()),
     }
+}
 
-    /// Drops from the bounding set; needs CAP_SETPCAP, so it comes before the rest.
-    pub fn apply_bounding(&self) -> Result<()> {
-        for number in 0..64 {
-            let one = CapabilitySet::from_bits_retain(1 << number);
-            match rustix::thread::capability_is_in_bounding_set(one) {
-                Ok(true) if !self.bounding.contains(one) => {
-                    rustix::thread::remove_capability_from_bounding_set(one)
-                        .step(|| format!("process.capabilities.bounding: drop {number}"))?;
-                }
-                Ok(_) => {}
-                // Past the kernel's last capability.
-                Err(_) => break,
+/// Sets `linux.personality`.
+pub fn set_personality(personality: Option<&LinuxPersonality>) -> Result<()> {
+    // linux/personality.h: PER_LINUX, PER_LINUX32.
+    let domain = match personality.map(LinuxPersonality::domain) {
+        None => return Ok(()),
+        Some(LinuxPersonalityDomain::PerLinux) => 0,
+        Some(LinuxPersonalityDomain::PerLinux32) => 8,
+    };
+    sys::personality(domain).step(|| "linux.personality: set".into())
+}
+
+/// The process's environment: the last of several values of a name counts; with HOME of the user's entry in /etc/passwd if it is
+/// not set.
+pub fn environment(process: &Process) -> Vec<String> {
+    let mut env: Vec<String> = Vec::new();
+    let mut places = HashMap::new();
+    for entry in process.env().iter().flatten() {
+        let name = entry.split('=').next().unwrap_or_default();
+        match places
+            .get(name)
+            .and_then(|&place: &usize| env.get_mut(place))
+        {
+            Some(place) => place.clone_from(entry),
+            None => {
+                places.insert(name, env.len());
+                env.push(entry.clone());
             }
         }
-        Ok(())
     }
-
-    /// Sets the others.
-    pub fn apply(&self) -> Result<()> {
-        rustix::thread::set_capabilities(None, self.sets)
-            .step(|| "process.capabilities: set".into())?;
-        rustix::thread::clear_ambient_capability_set()
-            .step(|| "process.capabilities.ambient: clear".into())?;
-        for one in self.ambient.iter() {
-            rustix::thread::configure_capability_in_ambient_set(one, true)
-                .step(|| format!("process.capabilities.ambient: raise {one:?}"))?;
-        }
-        Ok(())
-    }
-}
-
-fn bit(capability: Capability) -> CapabilitySet {
-    // The crate prints `CHOWN`, which is how the flags are named as well.
-    CapabilitySet::from_name(&capability.to_string()).unwrap_or(CapabilitySet::empty())
-}
-
-/// The process's environment, with HOME of the user's entry in /etc/passwd if it is not set.
-pub fn environment(process: &Process) -> Vec<String> {
-    let mut env = process.env().clone().unwrap_or_default();
-    if !env.iter().any(|entry| entry.starts_with("HOME=")) {
+    let home = places.get("HOME").copied();
+    if home.is_none_or(|place| env.get(place).is_some_and(|entry| entry == "HOME=")) {
         let passwd = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
-        let home = home_of(&passwd, process.user().uid()).unwrap_or("/");
-        env.push(format!("HOME={home}"));
+        let folder = home_of(&passwd, process.user().uid()).unwrap_or("/");
+        let entry = format!("HOME={folder}");
+        match home.and_then(|place| env.get_mut(place)) {
+            Some(place) => *place = entry,
+            None => env.push(entry),
+        }
     }
     env
 }
@@ -341,9 +319,11 @@ mod tests {
                 format!(r#"{MINIMAL},"selinuxLabel":"p"}}"#),
                 "process.selinuxLabel",
             ),
+            (format!(r#"{MINIMAL},"env":["X"]}}"#), "process.env"),
+            (format!(r#"{MINIMAL},"env":["=1"]}}"#), "process.env"),
             (
-                format!(r#"{MINIMAL},"rlimits":[{{"type":"RLIMIT_CPU","soft":2,"hard":1}}]}}"#),
-                "process.rlimits",
+                format!(r#"{MINIMAL},"oomScoreAdj":1001}}"#),
+                "process.oomScoreAdj",
             ),
         ] {
             let error = check("process", &process(&json)).unwrap_err().text();
@@ -353,24 +333,19 @@ mod tests {
     }
 
     #[test]
-    fn every_capability_has_its_bit() {
-        for (name, number) in [
-            ("CAP_CHOWN", 0),
-            ("CAP_SYS_ADMIN", 21),
-            ("CAP_NET_RAW", 13),
-            ("CAP_SETFCAP", 31),
-            ("CAP_BPF", 39),
-            ("CAP_CHECKPOINT_RESTORE", 40),
-        ] {
-            let one: Capability = serde_json::from_str(&format!("\"{name}\"")).unwrap();
-            assert_eq!(bit(one).bits(), 1 << number, "{name}");
+    fn profiles_that_nobody_asked_for_are_passed_over() {
+        for profile in UNASKED_PROFILES {
+            let json = format!(r#"{MINIMAL},"apparmorProfile":"{profile}"}}"#);
+            check("process", &process(&json)).unwrap();
         }
     }
 
     #[test]
-    fn missing_capabilities_are_none() {
-        let sets = Sets::parse(None);
-        assert!(sets.bounding.is_empty() && sets.sets.permitted.is_empty());
+    fn of_two_values_the_last_counts_and_home_is_never_empty() {
+        let json = format!(r#"{MINIMAL},"env":["A=1","HOME=","A=2=3","B=x"]}}"#);
+        let mut json = process(&json);
+        json.set_user(serde_json::from_str(r#"{"uid":4294967294,"gid":0}"#).unwrap());
+        assert_eq!(environment(&json), ["A=2=3", "HOME=/", "B=x"]);
     }
 
     #[test]

@@ -56,7 +56,7 @@ impl Rootfs {
         if request.lower.iter().any(String::is_empty) {
             return Err(Error::field("rootfs.lower", "has an empty path"));
         }
-        let options = overlay_options(&request.options)?;
+        let options = overlay_options("rootfs.options", &request.options)?;
         if !request.bind.is_empty() {
             if !request.lower.is_empty() || !request.upper.is_empty() || !request.work.is_empty() {
                 return Err(Error::field(
@@ -86,37 +86,35 @@ impl Rootfs {
         }
     }
 
-    /// Mounts it on [`ROOTFS`] in the current mount namespace; answers its root.
-    pub fn mount(&self) -> Result<OwnedFd> {
-        let trees = rustix::fs::open(
-            TREES,
-            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )
-        .step(|| format!("open {TREES}"))?;
-        let tree = match self {
+    /// Opens it as a detached mount. `trees` is where the host's trees are.
+    pub fn open(&self, trees: BorrowedFd<'_>) -> Result<OwnedFd> {
+        match self {
             Self::Overlay {
                 lower,
                 upper,
                 options,
-            } => overlay(trees.as_fd(), lower, upper.as_ref(), options)?,
-            Self::Bind { tree, readonly } => bind(trees.as_fd(), tree, *readonly)?,
-        };
-        rustix::mount::move_mount(
-            &tree,
-            "",
-            CWD,
-            ROOTFS,
-            MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
-        )
-        .step(|| "mount the rootfs".into())?;
-        rustix::fs::open(
-            ROOTFS,
-            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )
-        .step(|| "open the rootfs".into())
+            } => overlay(trees, lower, upper.as_ref(), options),
+            Self::Bind { tree, readonly } => bind(trees, tree, *readonly),
+        }
     }
+}
+
+/// Attaches an opened rootfs on [`ROOTFS`] in the current mount namespace; answers its root.
+pub fn mount(tree: &OwnedFd) -> Result<OwnedFd> {
+    rustix::mount::move_mount(
+        tree,
+        "",
+        CWD,
+        ROOTFS,
+        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+    )
+    .step(|| "mount the rootfs".into())?;
+    rustix::fs::open(
+        ROOTFS,
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .step(|| "open the rootfs".into())
 }
 
 fn check_tree_path(field: &str, path: &str) -> Result<()> {
@@ -130,8 +128,8 @@ fn check_tree_path(field: &str, path: &str) -> Result<()> {
     }
 }
 
-/// The closed list of overlay options that a snapshotter may pass.
-fn overlay_options(options: &[String]) -> Result<Vec<(String, Option<String>)>> {
+/// The closed list of overlay options that a snapshotter, or a mount, may have.
+pub fn overlay_options(field: &str, options: &[String]) -> Result<Vec<(String, Option<String>)>> {
     let mut checked = Vec::new();
     for option in options {
         let known = matches!(
@@ -162,13 +160,14 @@ fn overlay_options(options: &[String]) -> Result<Vec<(String, Option<String>)>> 
                 None => (option.clone(), None),
             }),
             (false, "rw" | "") => {}
-            (false, _) => return Err(Error::refused(format!("rootfs.options \"{option}\""))),
+            (false, _) => return Err(Error::refused(format!("{field} \"{option}\""))),
         }
     }
     Ok(checked)
 }
 
-fn overlay(
+/// An overlay of tree-relative folders, as a detached mount.
+pub fn overlay(
     trees: BorrowedFd<'_>,
     lower: &[String],
     upper: Option<&(String, String)>,

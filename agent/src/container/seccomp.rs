@@ -1,5 +1,10 @@
-//! Step: the seccomp filter of the spec, built by libseccomp. System calls that this libseccomp does not know are passed over, as
-//! runc does: the default action covers them.
+//! Step: the seccomp filter of the spec, built by libseccomp and preceded by a few instructions of `enosys`. System calls that this
+//! libseccomp does not know are passed over, as runc does: the default action covers them.
+
+use std::{
+    fs::File,
+    io::{Read, Seek, SeekFrom},
+};
 
 use libseccomp::{
     ScmpAction, ScmpArch, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall,
@@ -8,20 +13,55 @@ use oci_spec::runtime::{
     Arch, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompFilterFlag,
     LinuxSeccompOperator,
 };
+use rustix::fs::MemfdFlags;
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Context, Error, Result},
+    sys,
+};
 
 /// Checks the profile by building its filter.
 pub fn check(profile: &LinuxSeccomp) -> Result<()> {
+    flags(profile)?;
     build(profile).map(drop)
 }
 
 /// Loads the filter for the calling process.
 pub fn load(profile: &LinuxSeccomp) -> Result<()> {
+    let what = || "linux.seccomp: load the filter".to_string();
+    let file = rustix::fs::memfd_create(c"filter", MemfdFlags::CLOEXEC).step(what)?;
     build(profile)?
-        .load()
-        .map_err(|error| failed("load the filter", &error))
+        .export_bpf(&file)
+        .map_err(|error| failed("make the filter", &error))?;
+    let mut file = File::from(file);
+    let mut program = super::enosys::stub(profile);
+    file.seek(SeekFrom::Start(0))
+        .and_then(|_| file.read_to_end(&mut program))
+        .step(what)?;
+    sys::seccomp_load(&program, flags(profile)?).step(what)
 }
+
+/// Flags of the system call, linux/seccomp.h. Without any in the spec, runc keeps speculation as it is.
+fn flags(profile: &LinuxSeccomp) -> Result<u32> {
+    use LinuxSeccompFilterFlag as F;
+    let Some(list) = profile.flags() else {
+        return Ok(SPEC_ALLOW);
+    };
+    list.iter().try_fold(0, |bits, flag| {
+        Ok(bits
+            | match flag {
+                F::SeccompFilterFlagTsync => 1,
+                F::SeccompFilterFlagLog => 2,
+                F::SeccompFilterFlagSpecAllow => SPEC_ALLOW,
+                F::SeccompFilterFlagWaitKillableRecv => {
+                    let field = "linux.seccomp.flags SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV";
+                    return Err(Error::field(field, "goes with a listener"));
+                }
+            })
+    })
+}
+
+const SPEC_ALLOW: u32 = 4;
 
 fn failed(what: &str, error: &libseccomp::error::SeccompError) -> Error {
     Error::field("linux.seccomp", format!("{what}: {error}"))
@@ -46,17 +86,6 @@ fn build(profile: &LinuxSeccomp) -> Result<ScmpFilterContext> {
         filter
             .add_arch(arch(wanted)?)
             .map_err(|error| failed("architectures", &error))?;
-    }
-    for flag in profile.flags().iter().flatten() {
-        let set = match flag {
-            LinuxSeccompFilterFlag::SeccompFilterFlagLog => filter.set_ctl_log(true),
-            LinuxSeccompFilterFlag::SeccompFilterFlagTsync => filter.set_ctl_tsync(true),
-            LinuxSeccompFilterFlag::SeccompFilterFlagSpecAllow => filter.set_ctl_ssb(true),
-            LinuxSeccompFilterFlag::SeccompFilterFlagWaitKillableRecv => {
-                filter.set_ctl_waitkill(true)
-            }
-        };
-        set.map_err(|error| failed("flags", &error))?;
     }
     for rule in profile.syscalls().iter().flatten() {
         let action = action(rule.action(), rule.errno_ret())?;
@@ -133,14 +162,23 @@ fn action(action: LinuxSeccompAction, errno: Option<u32>) -> Result<ScmpAction> 
     })
 }
 
+/// Architectures that this machine does not have are let in as runc does: no system call comes from them.
 fn arch(arch: Arch) -> Result<ScmpArch> {
+    use Arch as A;
     Ok(match arch {
-        Arch::ScmpArchNative => ScmpArch::Native,
-        Arch::ScmpArchX86 => ScmpArch::X86,
-        Arch::ScmpArchX86_64 => ScmpArch::X8664,
-        Arch::ScmpArchX32 => ScmpArch::X32,
+        A::ScmpArchNative => ScmpArch::Native,
+        A::ScmpArchX86 => ScmpArch::X86,
+        A::ScmpArchX86_64 => ScmpArch::X8664,
+        A::ScmpArchX32 => ScmpArch::X32,
+        A::ScmpArchArm => ScmpArch::Arm,
+        A::ScmpArchAarch64 => ScmpArch::Aarch64,
+        A::ScmpArchMipsel => ScmpArch::Mipsel,
+        A::ScmpArchMipsel64 => ScmpArch::Mipsel64,
+        A::ScmpArchMipsel64n32 => ScmpArch::Mipsel64N32,
+        A::ScmpArchPpc64le => ScmpArch::Ppc64Le,
+        A::ScmpArchRiscv64 => ScmpArch::Riscv64,
         other => {
-            let field = format!("linux.seccomp.architectures {other:?}");
+            let field = format!("linux.seccomp.architectures {other}");
             return Err(Error::refused(field));
         }
     })
@@ -175,6 +213,33 @@ mod tests {
         assert_eq!(conditions(&args).len(), 2);
         assert_eq!(conditions(&args[..1]).len(), 1);
         assert_eq!(conditions(&[]), [Vec::new()]);
+    }
+
+    #[test]
+    fn without_flags_speculation_is_left_alone() {
+        let flags = |json: &str| {
+            let json = format!(r#"{{"defaultAction":"SCMP_ACT_ALLOW"{json}}}"#);
+            flags(&serde_json::from_str(&json).unwrap())
+        };
+        assert_eq!(flags("").unwrap(), SPEC_ALLOW);
+        assert_eq!(flags(r#","flags":[]"#).unwrap(), 0);
+        assert_eq!(
+            flags(r#","flags":["SECCOMP_FILTER_FLAG_LOG","SECCOMP_FILTER_FLAG_TSYNC"]"#).unwrap(),
+            3
+        );
+        assert!(flags(r#","flags":["SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV"]"#).is_err());
+    }
+
+    #[test]
+    fn architectures_of_other_machines_are_let_in() {
+        checked(
+            r#"{"defaultAction":"SCMP_ACT_ERRNO","architectures":["SCMP_ARCH_X86_64","SCMP_ARCH_AARCH64","SCMP_ARCH_ARM"],
+            "syscalls":[{"names":["read"],"action":"SCMP_ACT_ALLOW"}]}"#,
+        )
+        .unwrap();
+        let error =
+            checked(r#"{"defaultAction":"SCMP_ACT_ERRNO","architectures":["SCMP_ARCH_PARISC"]}"#);
+        assert!(error.unwrap_err().contains("SCMP_ARCH_PARISC"));
     }
 
     #[test]
