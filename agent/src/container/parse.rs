@@ -45,6 +45,17 @@ fn put_right(process: &mut Value) {
             known
         });
     }
+    if let Some(sets) = process.get("capabilities") {
+        let set = |name: &str| sets.get(name).and_then(Value::as_array).cloned();
+        let has = |name: &str, one: &Value| set(name).unwrap_or_default().contains(one);
+        for one in set("ambient").unwrap_or_default() {
+            if !has("permitted", &one) || !has("inheritable", &one) {
+                eprintln!(
+                    "process.capabilities.ambient: {one} is not permitted and inheritable, and passed over"
+                );
+            }
+        }
+    }
     let flags = process
         .pointer_mut("/scheduler/flags")
         .and_then(Value::as_array_mut);
