@@ -230,6 +230,8 @@ impl Pod {
             seccomp: linux.and_then(|linux| linux.seccomp().clone()),
             personality: linux.and_then(|linux| linux.personality().clone()),
             ids,
+            cgroup_namespace: namespaces::is_new(&spec, LinuxNamespaceType::Cgroup)
+                || namespaces::is_joined(&spec, LinuxNamespaceType::Cgroup),
         };
         let cgroup = Cgroup::create(&identity.id, &spec, &shared.ids)?;
         let process = Process::new(flags, State::Starting);

@@ -60,6 +60,8 @@ pub struct Shared {
     pub personality: Option<LinuxPersonality>,
     /// The mappings of the user namespace; empty without one.
     pub ids: Ids,
+    /// Whether the container's cgroup namespace is another than the agent's.
+    pub cgroup_namespace: bool,
 }
 
 impl Work {

@@ -65,6 +65,8 @@ struct Child<'a> {
     sources: Option<Sources>,
     /// Cgroup namespace to join, which the copy cannot: it still has to reach the container's cgroup.
     join: Vec<(LinuxNamespaceType, OwnedFd)>,
+    /// Pidfd of the init whose cgroup namespace an exec joins.
+    init: Option<OwnedFd>,
 }
 
 fn run(control: &OwnedFd, work: OwnedFd, cgroup: OwnedFd, others: Vec<OwnedFd>) -> Result<()> {
@@ -89,6 +91,7 @@ fn run(control: &OwnedFd, work: OwnedFd, cgroup: OwnedFd, others: Vec<OwnedFd>) 
         control,
         sources: None,
         join: Vec::new(),
+        init: None,
     };
     let flags = match &work {
         Work::Create {
@@ -112,6 +115,7 @@ fn run(control: &OwnedFd, work: OwnedFd, cgroup: OwnedFd, others: Vec<OwnedFd>) 
                 return Err(Error::State("no container to join".into()));
             };
             attributes::apply_initial_affinity(process)?;
+            child.init = Some(target.try_clone().step(|| "hold the init".into())?);
             join_container(target.as_fd(), !work.shared().ids.is_empty())?;
             0
         }
@@ -146,7 +150,6 @@ fn join_container(init: BorrowedFd<'_>, user_namespace: bool) -> Result<()> {
         | CloneFlags::CLONE_NEWNET
         | CloneFlags::CLONE_NEWIPC
         | CloneFlags::CLONE_NEWUTS
-        | CloneFlags::CLONE_NEWCGROUP
         | CloneFlags::from_bits_retain(CLONE_NEWTIME);
     // A process cannot join the user namespace it is in.
     if user_namespace {
@@ -169,7 +172,7 @@ fn become_process(child: Child<'_>, work: &Work) -> ! {
             process,
             shared,
             terminal,
-        } => exec(control, process, shared, *terminal),
+        } => exec(child, process, shared, *terminal),
     };
     let (error, code) = match error {
         Err(error) => (error, NOT_FOUND),
@@ -236,8 +239,12 @@ fn create(
     finish(child.control, process, pty, shared, &hooks)
 }
 
-fn exec(control: &OwnedFd, process: &Process, shared: &Shared, terminal: bool) -> Result<Failed> {
+fn exec(child: Child<'_>, process: &Process, shared: &Shared, terminal: bool) -> Result<Failed> {
     rustix::process::setsid().step(|| "make a session".into())?;
+    if let (Some(init), true) = (&child.init, shared.cgroup_namespace) {
+        nix::sched::setns(init, CloneFlags::CLONE_NEWCGROUP)
+            .step(|| "join the container's cgroup namespace".into())?;
+    }
     if !shared.ids.is_empty() {
         process::become_inner_root()?;
     }
@@ -245,7 +252,8 @@ fn exec(control: &OwnedFd, process: &Process, shared: &Shared, terminal: bool) -
         true => Some(Pty::open(own_root()?.as_fd(), console_size(process))?),
         false => None,
     };
-    finish(control, process, pty, shared, &|| Ok(()))
+    drop(child.init);
+    finish(child.control, process, pty, shared, &|| Ok(()))
 }
 
 fn console_size(process: &Process) -> Option<(u64, u64)> {

@@ -126,6 +126,12 @@ pub fn mount_all(
         let (kind, options) = parse(&field, mount)?;
         let at = mount.destination().display();
         let what = |step: &str| format!("{field} ({at}): {step}");
+        check_path(
+            &field,
+            mount,
+            kind,
+            &Path::new(ROOTFS).join(clean(mount.destination())),
+        )?;
         if kind == Kind::Remount {
             let point = open_in_root(root, mount.destination(), OFlags::PATH)
                 .step(|| what("open the mount point"))?;
@@ -176,6 +182,9 @@ fn point_of(
     name: &str,
 ) -> std::result::Result<OwnedFd, Errno> {
     let point = make_in_root(root, mount.destination(), PointKind::Folder, 0o755)?;
+    if kind_of(&point)? != PointKind::Folder {
+        return Err(Errno::NOTDIR);
+    }
     if matches!(name, "proc" | "sysfs") {
         let flags = OFlags::PATH | OFlags::DIRECTORY;
         return open_beneath(root, &clean(mount.destination()), flags);

@@ -92,44 +92,68 @@ pub fn make_in_root(
     kind: PointKind,
     mode: u32,
 ) -> Result<OwnedFd, Errno> {
-    make(root, &clean(path), kind, mode, LINKS_MAX)
-}
-
-fn make(
-    root: BorrowedFd<'_>,
-    path: &Path,
-    kind: PointKind,
-    mode: u32,
-    links: u32,
-) -> Result<OwnedFd, Errno> {
     match open_in_root(root, path, OFlags::PATH) {
         Err(Errno::NOENT) => {}
         other => return other,
     }
-    let (Some(parent_path), Some(name)) = (path.parent(), path.file_name()) else {
-        return Err(Errno::NOENT);
-    };
-    let parent = make(root, parent_path, PointKind::Folder, 0o755, links)?;
+    let mut path = clean(path);
+    for _ in 0..=LINKS_MAX {
+        match walk(root, &path, kind, mode)? {
+            Walked::There(fd) => return Ok(fd),
+            Walked::Link(target) => path = clean(&target),
+        }
+    }
+    Err(Errno::LOOP)
+}
+
+enum Walked {
+    There(OwnedFd),
+    /// A link was met; this is the whole path with the link resolved.
+    Link(PathBuf),
+}
+
+/// Goes down from the root, name by name, and makes what is missing. No link is followed: where one is met, `..` in its
+/// target goes up from a path that holds no links.
+fn walk(root: BorrowedFd<'_>, path: &Path, kind: PointKind, mode: u32) -> Result<Walked, Errno> {
+    let mut at = open_in_root(root, Path::new("/"), OFlags::PATH)?;
+    let mut done = PathBuf::new();
+    let mut names = path.components().peekable();
+    while let Some(name) = names.next() {
+        let name = Path::new(name.as_os_str());
+        let (kind, mode) = match names.peek() {
+            Some(_) => (PointKind::Folder, 0o755),
+            None => (kind, mode),
+        };
+        at = match open_beneath(at.as_fd(), name, OFlags::PATH) {
+            Err(Errno::NOENT) => {
+                make(&at, name, kind, mode)?;
+                open_beneath(at.as_fd(), name, OFlags::PATH)?
+            }
+            Err(Errno::LOOP) => {
+                let target = rustix::fs::readlinkat(&at, name, Vec::new())?;
+                let target = PathBuf::from(target.into_string().map_err(|_| Errno::ILSEQ)?);
+                return Ok(Walked::Link(
+                    done.join(target).join(names.collect::<PathBuf>()),
+                ));
+            }
+            other => other?,
+        };
+        done.push(name);
+    }
+    Ok(Walked::There(at))
+}
+
+fn make(folder: &OwnedFd, name: &Path, kind: PointKind, mode: u32) -> Result<(), Errno> {
+    let mode = Mode::from_raw_mode(mode);
+    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let made = match kind {
-        PointKind::Folder => rustix::fs::mkdirat(&parent, name, Mode::from_raw_mode(mode)),
-        PointKind::File => rustix::fs::openat(
-            &parent,
-            name,
-            OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
-            Mode::from_raw_mode(mode),
-        )
-        .map(drop),
+        PointKind::Folder => rustix::fs::mkdirat(folder, name, mode),
+        PointKind::File => rustix::fs::openat(folder, name, flags, mode).map(drop),
     };
     match made {
-        Ok(()) => open_in_root(root, path, OFlags::PATH),
-        // The name exists and yet cannot be opened: a link to something missing. Its target is made.
-        Err(Errno::EXIST) => {
-            let links = links.checked_sub(1).ok_or(Errno::LOOP)?;
-            let target = rustix::fs::readlinkat(&parent, name, Vec::new())?;
-            let target = PathBuf::from(target.into_string().map_err(|_| Errno::ILSEQ)?);
-            make(root, &clean(&parent_path.join(target)), kind, mode, links)
-        }
-        Err(error) => Err(error),
+        // Somebody else was quicker.
+        Err(Errno::EXIST) => Ok(()),
+        other => other,
     }
 }
 
@@ -199,6 +223,24 @@ mod tests {
         symlink("a", dir.path().join("b")).unwrap();
         let made = make_in_root(fd.as_fd(), Path::new("/a/x"), PointKind::Folder, 0o755);
         assert_eq!(made.unwrap_err(), Errno::LOOP);
+    }
+
+    #[test]
+    fn parents_of_a_link_are_those_of_its_target() {
+        let (dir, fd) = root();
+        fs::create_dir_all(dir.path().join("a/b")).unwrap();
+        symlink("a/b", dir.path().join("l")).unwrap();
+        symlink("../c/d", dir.path().join("a/b/up")).unwrap();
+        make_in_root(fd.as_fd(), Path::new("/l/up/x"), PointKind::Folder, 0o755).unwrap();
+        assert!(dir.path().join("a/c/d/x").is_dir());
+    }
+
+    #[test]
+    fn a_very_deep_path_is_made_in_one_go() {
+        let (dir, fd) = root();
+        let path = "/d".repeat(1500);
+        make_in_root(fd.as_fd(), Path::new(&path), PointKind::File, 0o644).unwrap();
+        assert!(dir.path().join("d/d/d").is_dir());
     }
 
     #[test]

@@ -47,17 +47,19 @@ impl Sources {
             Mode::empty(),
         )
         .step(|| format!("open {TREES}"))?;
+        let rootfs = rootfs.open(trees.as_fd())?;
         let list = spec.mounts().as_deref().unwrap_or_default();
         let mut mounts = Vec::new();
         for (index, mount) in list.iter().enumerate() {
             mounts.push(source(trees.as_fd(), index, mount, ids)?);
         }
+        // Last, since it leaves the mount namespace that the trees are in.
         let nodes = match ids.is_empty() {
             true => None,
             false => Some(nodes(spec, list, ids)?),
         };
         Ok(Self {
-            rootfs: rootfs.open(trees.as_fd())?,
+            rootfs,
             mounts,
             nodes,
         })
@@ -91,8 +93,14 @@ fn source(
                     true => ids.namespace()?,
                     false => own.namespace()?,
                 };
-                mount_idmap(tree.as_fd(), recursive, namespace.as_fd())
-                    .step(|| what("map the owners (uidMappings, gidMappings)"))?;
+                match mount_idmap(tree.as_fd(), recursive, namespace.as_fd()) {
+                    Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                        let reason =
+                            "owners cannot be mapped: the files are of the host's file server";
+                        return Err(Error::field(format!("{field}.uidMappings"), reason));
+                    }
+                    other => other.step(|| what("map the owners (uidMappings, gidMappings)"))?,
+                }
             }
             tree
         }
