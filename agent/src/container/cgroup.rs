@@ -38,9 +38,11 @@ impl Cgroup {
             devices: None,
         };
         let made = cgroup.set_up(resources).and_then(|()| {
-            let owner = ids.outer_uid(0);
-            match (ids.is_empty() || !is_delegated(spec), owner) {
-                (false, Some(owner)) => cgroup.give(owner),
+            // The group as well: who execs from the namespace has rights over a file only if it knows both owners.
+            match (ids.outer_uid(0), ids.outer_gid(0)) {
+                (Some(uid), Some(gid)) if !ids.is_empty() && is_delegated(spec) => {
+                    cgroup.give(uid, gid)
+                }
                 _ => Ok(()),
             }
         });
@@ -59,11 +61,11 @@ impl Cgroup {
     }
 
     /// Gives away what the kernel says may be.
-    fn give(&self, owner: u32) -> Result<()> {
+    fn give(&self, owner: u32, group: u32) -> Result<()> {
         let what = || format!("give the cgroup to user {owner}");
         let files = fs::read_to_string("/sys/kernel/cgroup/delegate").step(what)?;
         for file in [""].into_iter().chain(files.lines()) {
-            match std::os::unix::fs::chown(self.path.join(file), Some(owner), None) {
+            match std::os::unix::fs::chown(self.path.join(file), Some(owner), Some(group)) {
                 // A controller that this kernel, or this level, does not have.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 other => other.step(what)?,

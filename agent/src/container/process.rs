@@ -273,6 +273,11 @@ fn stat_error(path: &Path) -> i32 {
 
 fn is_executable(path: &Path) -> std::result::Result<(), Errno> {
     let stat = rustix::fs::stat(path)?;
+    // By /proc the agent itself could be run, whose file is not the container's.
+    let own = rustix::fs::stat("/proc/self/exe");
+    if own.is_ok_and(|own| (own.st_dev, own.st_ino) == (stat.st_dev, stat.st_ino)) {
+        return Err(Errno::ACCESS);
+    }
     if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
         return Err(Errno::ISDIR);
     }
@@ -376,6 +381,12 @@ mod tests {
             .unwrap_err()
             .text();
         assert!(error.ends_with("is a directory"), "{error}");
+    }
+
+    #[test]
+    fn the_agent_itself_is_no_program_of_a_container() {
+        let error = find_executable("/proc/self/exe", &[]).unwrap_err().text();
+        assert!(error.ends_with("permission denied"), "{error}");
     }
 
     #[test]
