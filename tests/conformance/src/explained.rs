@@ -241,15 +241,8 @@ fn matches(pattern: &[&str], at: &[String]) -> bool {
 
 /// What the product's own table of fields says of a field.
 pub fn of_field(host: &Host, field: &str) -> Option<String> {
-    let rows = host.features.pointer("/fields")?.as_array()?;
-    let row = rows
-        .iter()
-        .find(|row| row["path"].as_str() == Some(field))?;
-    Some(format!(
-        "{} ({})",
-        row["how"].as_str()?,
-        row["verdict"].as_str().unwrap_or("table of fields")
-    ))
+    let reason = host.refused.get(field)?;
+    Some(format!("{field} is refused: {reason}"))
 }
 
 #[cfg(test)]

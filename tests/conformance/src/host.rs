@@ -1,9 +1,8 @@
 //! What of this host decides what can be compared.
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 use bulkhead_harness::{Engine, command::Invocation};
-use serde_json::Value;
 
 /// What a host is like, as a condition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,8 +28,8 @@ pub struct Host {
     pub runc: (u32, u32),
     /// Whether root here has every capability.
     pub full_root: bool,
-    /// What `bulkhead features` prints.
-    pub features: Value,
+    /// What `bulkhead features` says of each field that is refused.
+    pub refused: BTreeMap<String, String>,
 }
 
 impl Host {
@@ -38,7 +37,7 @@ impl Host {
     pub fn look(engine: Engine, dist: &Path) -> Self {
         let said = |command: Invocation| command.output().map(|o| o.text()).unwrap_or_default();
         let version = said(Invocation::new("runc").arg("--version"));
-        let features = said(Invocation::new(dist.join("bulkhead")).args(["features", "--json"]));
+        let features = said(Invocation::new(dist.join("bulkhead")).arg("features"));
         Self {
             engine,
             cgroup_v2: Path::new("/sys/fs/cgroup/cgroup.controllers").exists(),
@@ -46,7 +45,7 @@ impl Host {
             full_root: has_sys_resource(
                 &std::fs::read_to_string("/proc/self/status").unwrap_or_default(),
             ),
-            features: serde_json::from_str(&features).unwrap_or(Value::Null),
+            refused: refused_fields(&features),
         }
     }
 
@@ -68,6 +67,40 @@ fn has_sys_resource(status: &str) -> bool {
     bits.is_some_and(|bits| bits & (1 << 24) != 0)
 }
 
+/// The rows `  name  refused  reason` below their sections' names; a long reason goes on in the next line.
+fn refused_fields(text: &str) -> BTreeMap<String, String> {
+    let mut fields = BTreeMap::new();
+    let mut section = "";
+    let mut last: Option<String> = None;
+    for line in text.lines() {
+        if !line.starts_with(' ') {
+            section = line.trim();
+            last = None;
+            continue;
+        }
+        if line.starts_with("     ") {
+            if let Some(reason) = last.as_ref().and_then(|field| fields.get_mut(field)) {
+                *reason = format!("{reason} {}", line.trim());
+            }
+            continue;
+        }
+        let mut words = line.split_whitespace();
+        last = match (words.next(), words.next()) {
+            (Some(name), Some("refused")) => {
+                let field = match section {
+                    "config.json" => name.to_owned(),
+                    _ => format!("{section}.{name}"),
+                };
+                let reason: Vec<&str> = words.collect();
+                fields.insert(field.clone(), reason.join(" "));
+                Some(field)
+            }
+            _ => None,
+        };
+    }
+    fields
+}
+
 fn parse_version(text: &str) -> Option<(u32, u32)> {
     let mut numbers = text
         .lines()
@@ -83,6 +116,15 @@ mod tests {
     fn a_bounding_set_without_sys_resource_is_seen() {
         assert!(super::has_sys_resource("CapBnd:\t000001ffffffffff\n"));
         assert!(!super::has_sys_resource("CapBnd:\t000001fffeffffff\n"));
+    }
+
+    #[test]
+    fn a_refused_fields_reason_is_read_over_two_lines() {
+        let text = "1 fields:\n\nconfig.json\n  vm  refused  the machine is\n               made here\n\nlinux\n  x  enforced\n  y  refused  no\n";
+        let fields = super::refused_fields(text);
+        assert_eq!(fields.len(), 2);
+        assert_eq!(fields["vm"], "the machine is made here");
+        assert_eq!(fields["linux.y"], "no");
     }
 
     #[test]

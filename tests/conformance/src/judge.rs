@@ -85,7 +85,8 @@ pub fn judge<'a>(case: &Case, host: &Host, ours: &Side<'a>, runc: &Side<'a>) -> 
                 runc: json!(runc_end.as_ref().is_some_and(|end| end.started)),
             };
             if difference.runc == json!(true) || alone {
-                let why = explained::of_field(host, field).unwrap_or_else(|| (*reason).into());
+                let why = explained::of_field(host, field)
+                    .unwrap_or_else(|| format!("{field} is refused: {reason}"));
                 verdict.explained.push(Reason { difference, why });
             }
         }

@@ -74,7 +74,7 @@ fn main() -> ExitCode {
         .filter(|c| args.filter.is_empty() || args.filter.iter().any(|w| c.name.contains(w)))
         .skip(first - 1)
         .step_by(step)
-        .filter(|c| !args.skip.iter().any(|name| c.name == *name))
+        .filter(|c| !args.skip.contains(&c.name))
         .collect();
     if args.list {
         for case in &chosen {
