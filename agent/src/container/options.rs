@@ -221,4 +221,14 @@ mod tests {
             assert!(error.contains(option), "{error}");
         }
     }
+
+    #[test]
+    fn no_advertised_option_is_taken_for_data_of_a_file_system() {
+        use bulkhead_protocol::features::{MOUNT_OPTIONS, PROPAGATIONS};
+        for option in MOUNT_OPTIONS.iter().chain(PROPAGATIONS) {
+            let parsed = parse(false, &[option]).unwrap();
+            assert!(parsed.data.is_empty(), "{option}");
+        }
+        assert!(PROPAGATIONS.iter().all(|name| propagation(name).is_some()));
+    }
 }

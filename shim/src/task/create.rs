@@ -202,6 +202,7 @@ impl Shared {
         let mut request = agent::CreateContainerRequest::new();
         request.container.clone_from(&req.id);
         request.spec = spec.to_json();
+        request.bundle.clone_from(&req.bundle);
         request.rootfs = MessageField::some(plan.rootfs.clone());
         request.stdio = MessageField::some(io.request());
         let result = pod

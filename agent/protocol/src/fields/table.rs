@@ -159,7 +159,7 @@ pub const FIELDS: &[Field] = &[
     translated("linux.resources.cpu.mems", "the guest has node 0 alone: a list of all of the host's nodes becomes 0, a part of them is refused"),
     enforced("linux.resources.cpu.idle", "cpu.idle"),
     enforced("linux.resources.pids.limit", "pids.max"),
-    enforced("linux.resources.blockIO.weight", "io.bfq.weight or io.weight"),
+    enforced("linux.resources.blockIO.weight", "io.bfq.weight; 10 to 1000"),
     refused("linux.resources.blockIO.leafWeight", "cgroup v2 has none"),
     refused("linux.resources.blockIO.weightDevice.major", "the device is the host's, the guest does not have it"),
     refused("linux.resources.blockIO.weightDevice.minor", "the device is the host's, the guest does not have it"),
@@ -184,7 +184,7 @@ pub const FIELDS: &[Field] = &[
     refused("linux.resources.network.priorities.priority", "cgroup v2 has no network classes"),
     refused("linux.resources.rdma.*.hcaHandles", "the guest has no RDMA device"),
     refused("linux.resources.rdma.*.hcaObjects", "the guest has no RDMA device"),
-    enforced("linux.resources.unified.*", "files of controllers; cgroup.* and unknown files are refused"),
+    enforced("linux.resources.unified.*", "files of controllers that the guest has; others are refused"),
     // linux, the rest
     enforced("linux.rootfsPropagation", ""),
     enforced("linux.seccomp.defaultAction", "every action but SCMP_ACT_NOTIFY, which is refused; a call newer than the profile gives ENOSYS, as with runc"),
