@@ -159,6 +159,11 @@ const TABLE: &[Explained] = &[
         when: When::CgroupV1,
         why: "cgroup v1 forgets the default rule to make nodes when a device is denied",
     },
+    within(
+        "exec_sees",
+        &["identity", "umask"],
+        "runc up to 1.1 gives an exec its own default umask, whatever the process's says",
+    ),
     // The machine is not the host.
     entry(&["syscalls", "acct"], KERNEL),
     entry(&["syscalls", "ioperm"], KERNEL),
