@@ -76,6 +76,8 @@ pub mod init {
     pub const HANDLE_KILLPRIV_V2: u64 = 1 << 28;
     pub const SETXATTR_EXT: u64 = 1 << 29;
     pub const INIT_EXT: u64 = 1 << 30;
+    /// The guest may map owners mount by mount. Callers are then told with requests that make something, and are -1 elsewhere.
+    pub const ALLOW_IDMAP: u64 = 1 << 40;
 
     /// All this server can do; the session gets what the client offers of it.
     pub const SUPPORTED: u64 = ASYNC_READ
@@ -91,7 +93,8 @@ pub mod init {
         | CACHE_SYMLINKS
         | HANDLE_KILLPRIV_V2
         | SETXATTR_EXT
-        | INIT_EXT;
+        | INIT_EXT
+        | ALLOW_IDMAP;
 }
 
 /// `valid` bits of FUSE_SETATTR.
