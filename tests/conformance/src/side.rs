@@ -214,11 +214,12 @@ impl<'a> Side<'a> {
         root: &Path,
         folder: &Path,
         pid: u32,
-    ) -> [(&'static str, String); 5] {
+    ) -> [(&'static str, String); 6] {
         [
             ("$ROOT", root.to_string_lossy().into_owned()),
             ("$DIR", folder.to_string_lossy().into_owned()),
             ("$NAME", name.into()),
+            ("$NS", self.suite.namespace().into()),
             ("$POD", self.pod_name()),
             ("$PID", pid.to_string()),
         ]

@@ -70,7 +70,7 @@ pub fn all() -> Vec<Case> {
         case("cgroups::unified_of_a_missing_file", unified("memory.nothing", "1")).sees("cgroup").beyond(When::CgroupV1).refused(&["memory.nothing"]),
         case("cgroups::a_resource_that_no_spec_knows", with(json!({ "gravity": { "limit": 1 } })))
             .sees("cgroup").ours_refuses("linux.resources.gravity", "an unknown limit is refused, never dropped"),
-        case("cgroups::path_of_the_spec", json!({ "linux": { "cgroupsPath": "/conformance/elsewhere/$NAME" } })).sees("process,identity"),
+        case("cgroups::path_of_the_spec", json!({ "linux": { "cgroupsPath": "/$NS/other-$NAME" } })).sees("process,identity"),
         case("cgroups::path_left_out", json!({ "linux": { "cgroupsPath": null } })).sees("process,identity"),
     ];
     // The same as `unified`, which runc knows on v2 alone.
