@@ -22,7 +22,10 @@ use bulkhead_protocol::limits::SPEC_MAX;
 use serde::Deserialize;
 use serde_json::Value;
 
-use self::view::{ProcessView, View};
+use self::{
+    translate::HostCpus,
+    view::{ProcessView, View},
+};
 use crate::{
     hooks::Hooks,
     refusal::{Refusal, wrong},
@@ -81,10 +84,10 @@ impl Spec {
     pub fn load(bundle: &Path) -> Result<Self, Error> {
         let path = bundle.join("config.json");
         let text = read(&path)?;
-        Self::parse(&text, &path, bundle)
+        Self::parse(&text, &path, bundle, &HostCpus::read())
     }
 
-    fn parse(text: &[u8], path: &Path, bundle: &Path) -> Result<Self, Error> {
+    fn parse(text: &[u8], path: &Path, bundle: &Path, host: &HostCpus) -> Result<Self, Error> {
         let json = |source| Error::Json {
             path: path.to_owned(),
             source,
@@ -102,7 +105,7 @@ impl Spec {
         };
         check::fields("", &spec.value)?;
         check::spec(&spec.view)?;
-        translate::check(&spec.view)?;
+        translate::check(&spec.view, host)?;
         translate::drop_defaults(&mut spec.value);
         let linux = &spec.view.linux;
         devices::check(&linux.devices, &linux.resources.devices, &mut spec.value)?;
@@ -167,8 +170,13 @@ pub fn process(json: &[u8], cpus: &Cpus) -> Result<Vec<u8>, Refusal> {
 
 /// The resources of an update, checked and for the guest.
 pub fn resources(json: &[u8], vcpus: u64) -> Result<Vec<u8>, Refusal> {
+    resources_on(&HostCpus::read(), json, vcpus)
+}
+
+fn resources_on(host: &HostCpus, json: &[u8], vcpus: u64) -> Result<Vec<u8>, Refusal> {
     let mut value = object("linux.resources", json)?;
     check::fields("linux.resources", &value)?;
+    translate::check_resources(&value, host)?;
     translate::resources(&mut value, vcpus)?;
     Ok(value.to_string().into_bytes())
 }

@@ -19,7 +19,13 @@ fn parse(value: &Value) -> Result<Spec, Error> {
         value.to_string().as_bytes(),
         Path::new("/b/config.json"),
         Path::new("/b"),
+        &host(),
     )
+}
+
+/// The CPUs of a larger host than this may be.
+fn host() -> HostCpus {
+    HostCpus::of("0-99\n")
 }
 
 /// A good spec with one change.
@@ -260,7 +266,8 @@ fn a_cpuset_becomes_the_guests_first_cpus_and_affinity_keeps_its_rank() {
         json!({"initial":"0","final":"1,2"})
     );
     let small: Value =
-        serde_json::from_slice(&resources(b"{\"cpu\":{\"cpus\":\"0-9\"}}", 2).unwrap()).unwrap();
+        serde_json::from_slice(&resources_on(&host(), b"{\"cpu\":{\"cpus\":\"0-9\"}}", 2).unwrap())
+            .unwrap();
     assert_eq!(small["cpu"]["cpus"], "0,1");
 }
 
@@ -286,6 +293,21 @@ fn cpus_that_the_container_does_not_have_and_lists_that_are_none_are_refused() {
         text.contains("cpu.mems: memory of a machine is not bound"),
         "{text}"
     );
+}
+
+#[test]
+fn a_cpu_that_the_host_does_not_have_is_refused_by_field_and_number() {
+    let why = "linux.resources.cpu.cpus: the host has no CPU 100; it has 0-99";
+    let text = refusal("/linux/resources", json!({"cpu":{"cpus":"0,98-101"}}));
+    assert!(text.contains(why), "{text}");
+    let update = |cpus: &str| {
+        let json = json!({"cpu":{"cpus":cpus}}).to_string();
+        resources_on(&host(), json.as_bytes(), 2)
+    };
+    let text = update("100").unwrap_err().to_string();
+    assert!(text.contains(why), "{text}");
+    update("99").unwrap();
+    update("").unwrap();
 }
 
 #[test]

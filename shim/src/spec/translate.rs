@@ -16,8 +16,12 @@ use crate::{
     sandbox::machine::printable,
 };
 
+/// Where the kernel lists the CPUs that the host has, whether they are on or not.
+const PRESENT: &str = "/sys/devices/system/cpu/present";
 /// Where the kernel lists the host's memory nodes.
 const NODES: &str = "/sys/devices/system/node/online";
+/// The field of a cpuset.
+const CPUS: &str = "linux.resources.cpu.cpus";
 /// Longest value that an error quotes.
 const QUOTE_MAX: usize = 200;
 
@@ -30,6 +34,40 @@ pub struct Guest {
     pub host_pid: u32,
     /// Pid in the guest of the pod's first container, if it runs.
     pub init_pid: Option<u32>,
+}
+
+/// The CPUs that the host has.
+#[derive(Clone, Debug)]
+pub struct HostCpus {
+    list: String,
+    numbers: Vec<u32>,
+}
+
+impl HostCpus {
+    /// Asks the kernel.
+    pub fn read() -> Self {
+        Self::of(&fs::read_to_string(PRESENT).unwrap_or_default())
+    }
+
+    /// Those of a list in the kernel's form.
+    pub fn of(list: &str) -> Self {
+        Self {
+            list: list.trim().to_owned(),
+            numbers: cpuset::parse(list).unwrap_or_default(),
+        }
+    }
+
+    /// Refuses a cpuset with a CPU that the host does not have: as many others would be another set.
+    pub fn check(&self, list: &str) -> Result<(), Refusal> {
+        let wanted = cpus(list)?;
+        let missing = wanted
+            .iter()
+            .find(|cpu| self.numbers.binary_search(cpu).is_err());
+        missing.map_or(Ok(()), |cpu| {
+            let reason = format!("the host has no CPU {cpu}; it has {}", self.list);
+            Err(wrong(CPUS, reason))
+        })
+    }
 }
 
 /// The host CPUs of a container's cpuset, and how many of them the machine has.
@@ -54,8 +92,8 @@ impl Cpus {
 }
 
 /// Refuses what has no meaning in a guest.
-pub fn check(view: &View) -> Result<(), Refusal> {
-    cpus(&view.linux.resources.cpu.cpus)?;
+pub fn check(view: &View, host: &HostCpus) -> Result<(), Refusal> {
+    host.check(&view.linux.resources.cpu.cpus)?;
     mems(&view.linux.resources.cpu.mems)?;
     for (name, list) in view.process.iter().flat_map(|p| &p.exec_cpu_affinity) {
         affinity(name, list)?;
@@ -71,7 +109,7 @@ fn cpus(list: &str) -> Result<Vec<u32>, Refusal> {
     if list.is_empty() {
         return Ok(Vec::new());
     }
-    cpuset::parse(list).ok_or_else(|| no_list("linux.resources.cpu.cpus", list))
+    cpuset::parse(list).ok_or_else(|| no_list(CPUS, list))
 }
 
 fn affinity(name: &str, list: &str) -> Result<Vec<u32>, Refusal> {
@@ -225,6 +263,12 @@ pub fn process(value: &mut Value, view: &ProcessView, cpus: &Cpus) -> Result<(),
         value["execCPUAffinity"][name] = cpuset::print(&guest).into();
     }
     Ok(())
+}
+
+/// Refuses a resources object's cpuset as [`check`] does a spec's.
+pub fn check_resources(value: &Value, host: &HostCpus) -> Result<(), Refusal> {
+    let list = value.pointer("/cpu/cpus").and_then(Value::as_str);
+    list.map_or(Ok(()), |list| host.check(list))
 }
 
 /// Edits a resources object's JSON for a machine with so many vCPUs.

@@ -155,7 +155,7 @@ pub const FIELDS: &[Field] = &[
     enforced("linux.resources.cpu.period", "cpu.max"),
     refused("linux.resources.cpu.realtimeRuntime", "cgroup v2 has none"),
     refused("linux.resources.cpu.realtimePeriod", "cgroup v2 has none"),
-    translated("linux.resources.cpu.cpus", "N CPUs of the host become the guest's first N; the number also sizes the machine"),
+    translated("linux.resources.cpu.cpus", "N CPUs of the host become the guest's first N; the number also sizes the machine; a CPU that the host lacks is refused"),
     translated("linux.resources.cpu.mems", "the guest has node 0 alone: a list of all of the host's nodes becomes 0, a part of them is refused"),
     enforced("linux.resources.cpu.idle", "cpu.idle"),
     enforced("linux.resources.pids.limit", "pids.max"),
