@@ -1,5 +1,6 @@
 //! `linux.devices`: which nodes mean in the guest what they mean on the host. The numbers of the kernel's own character devices are fixed,
-//! so those work with the guest's drivers; a device of the host's hardware is not in the guest.
+//! so those work with the guest's drivers; a device of the host's hardware is not in the guest. Limits of block devices in
+//! `linux.resources.blockIO` are checked alike.
 //!
 //! A container that may use every device is a privileged one, and its list is whatever the host has: it gets what of that the
 //! guest has, and the rest is logged. Any other container names the devices that it needs: one that the guest lacks is refused.
@@ -77,6 +78,35 @@ pub fn check(devices: &[DeviceView], rules: &[RuleView], spec: &mut Value) -> Re
             index += 1;
             keep
         });
+    }
+    Ok(())
+}
+
+/// Lists of `linux.resources.blockIO` that name devices.
+const BLOCK_LISTS: [&str; 5] = [
+    "weightDevice",
+    "throttleReadBpsDevice",
+    "throttleWriteBpsDevice",
+    "throttleReadIOPSDevice",
+    "throttleWriteIOPSDevice",
+];
+
+/// Refuses weights and throttles of devices of the host in a resources object. Loop devices are the guest's; the agent looks
+/// whether it has the one that is named.
+pub fn check_block_io(resources: &Value) -> Result<(), Refusal> {
+    for list in BLOCK_LISTS {
+        let pointer = format!("/blockIO/{list}");
+        let devices = resources.pointer(&pointer).and_then(Value::as_array);
+        for (index, device) in devices.into_iter().flatten().enumerate() {
+            let number = |key: &str| device.get(key).and_then(Value::as_i64).unwrap_or(0);
+            let (major, minor) = (number("major"), number("minor"));
+            if major != LOOP {
+                return Err(unsupported(
+                    format!("linux.resources.blockIO.{list}[{index}] ({major}:{minor})"),
+                    "is a block device of the host, which the guest does not have; only loop devices (major 7), which are the guest's own, have limits",
+                ));
+            }
+        }
     }
     Ok(())
 }

@@ -109,6 +109,8 @@ impl Spec {
         translate::drop_defaults(&mut spec.value);
         let linux = &spec.view.linux;
         devices::check(&linux.devices, &linux.resources.devices, &mut spec.value)?;
+        let resources = spec.value.pointer("/linux/resources");
+        resources.map_or(Ok(()), devices::check_block_io)?;
         Ok(spec)
     }
 
@@ -177,6 +179,7 @@ fn resources_on(host: &HostCpus, json: &[u8], vcpus: u64) -> Result<Vec<u8>, Ref
     let mut value = object("linux.resources", json)?;
     check::fields("linux.resources", &value)?;
     translate::check_resources(&value, host)?;
+    devices::check_block_io(&value)?;
     translate::resources(&mut value, vcpus)?;
     Ok(value.to_string().into_bytes())
 }

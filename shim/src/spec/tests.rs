@@ -400,6 +400,36 @@ fn a_privileged_container_gets_the_devices_that_the_guest_has() {
 }
 
 #[test]
+fn limits_of_loop_devices_pass_and_those_of_other_block_devices_are_refused() {
+    for list in [
+        "weightDevice",
+        "throttleReadBpsDevice",
+        "throttleWriteBpsDevice",
+        "throttleReadIOPSDevice",
+        "throttleWriteIOPSDevice",
+    ] {
+        let rate = if list == "weightDevice" {
+            "weight"
+        } else {
+            "rate"
+        };
+        let of = |major: i64| json!({"blockIO":{list:[{"major":7,rate:100},{"major":major,"minor":16,rate:100}]}});
+        let spec = with("/linux/resources", of(7));
+        assert_eq!(sent(&spec)["linux"]["resources"], of(7));
+        let why =
+            format!("linux.resources.blockIO.{list}[1] (8:16): is a block device of the host");
+        let text = refusal("/linux/resources", of(8));
+        assert!(text.contains(&why), "{text}");
+        let update = |major| resources(of(major).to_string().as_bytes(), 1);
+        update(7).unwrap();
+        assert!(update(8).unwrap_err().to_string().contains(&why));
+    }
+    let leaf = json!({"blockIO":{"weightDevice":[{"major":7,"minor":0,"leafWeight":100}]}});
+    let text = refusal("/linux/resources", leaf);
+    assert!(text.contains("blockIO.weightDevice.leafWeight"), "{text}");
+}
+
+#[test]
 fn a_container_of_another_pod_names_its_sandbox() {
     let dir = tempfile::tempdir().unwrap();
     let spec = json!({"annotations":{"io.kubernetes.cri.sandbox-id":"pod1"}});

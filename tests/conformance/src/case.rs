@@ -64,8 +64,6 @@ pub struct Case {
     pub beyond: Option<When>,
     /// What this host's cgroup v1 gives otherwise.
     pub needs_v2: bool,
-    /// What there is to skip for.
-    pub lacks: Option<&'static str>,
 }
 
 /// A case that runs the probe.
@@ -83,7 +81,6 @@ pub fn case(name: &str, patch: Value) -> Case {
         code: None,
         beyond: None,
         needs_v2: false,
-        lacks: None,
     }
 }
 
@@ -172,12 +169,6 @@ impl Case {
     /// Runs this on each side.
     pub fn code(mut self, code: Code) -> Self {
         self.code = Some(code);
-        self
-    }
-
-    /// Skips for what there is not.
-    pub fn lacking(mut self, what: &'static str) -> Self {
-        self.lacks = Some(what);
         self
     }
 }

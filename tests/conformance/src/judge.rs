@@ -1,6 +1,6 @@
 //! Runs a case on both sides and says how it ended.
 
-use bulkhead_harness::{Outcome, skip};
+use bulkhead_harness::Outcome;
 use serde_json::{Value, json};
 
 use crate::{
@@ -33,9 +33,6 @@ pub struct Verdict {
 
 /// Runs and judges.
 pub fn judge<'a>(case: &Case, host: &Host, ours: &Side<'a>, runc: &Side<'a>) -> Outcome<Verdict> {
-    if let Some(lacks) = case.lacks {
-        return skip(lacks);
-    }
     let alone = case.beyond.is_some_and(|when| host.is(when));
     ours.ensure_pod()?;
     if !alone {

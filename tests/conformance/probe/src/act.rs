@@ -8,7 +8,7 @@ use std::{
 
 use serde_json::{Value, json};
 
-use crate::{see, sys, syscalls};
+use crate::{disk, see, sys, syscalls};
 
 /// Prints what it sees and stays until it is told to end, with every child that it inherits.
 pub fn hold(sections: &str) -> i32 {
@@ -64,6 +64,7 @@ pub fn act(action: &str, words: &[&str]) -> i32 {
             json!("slept")
         }
         "double-fork" => return double_fork(number(0), number(1)),
+        "transfer" => disk::transfer(word(0), number(1), number(2), number(3)),
         "zombies" => zombies(number(0)),
         "hook" => return hook(word(0), number(1)),
         "sleep" => {

@@ -8,6 +8,7 @@ use std::ffi::{c_char, c_int};
 
 mod act;
 mod devices;
+mod disk;
 mod see;
 mod sys;
 mod syscalls;
@@ -27,6 +28,7 @@ pub extern "C" fn main(_count: c_int, _arguments: *const *const c_char) -> c_int
             0
         }
         Some((&"hold", rest)) => act::hold(rest.first().copied().unwrap_or("")),
+        Some((&"loop", rest)) => disk::hold(rest.first().and_then(|w| w.parse().ok()).unwrap_or(1)),
         Some((&action, rest)) => act::act(action, rest),
         None => 2,
     }

@@ -29,8 +29,6 @@ pub fn all() -> Vec<Case> {
         case("bites::cpu_quota_of_a_quarter_holds", quota(25)).does("spin 25 1").code(spin).both(json!({ "holds": true })),
         case("bites::cpu_quota_of_a_half_holds", quota(50)).does("spin 50 1").code(spin).both(json!({ "holds": true })),
         case("bites::cpu_quota_holds_for_three_processes_together", quota(40)).does("spin 40 3").code(spin).both(json!({ "holds": true })),
-        case("bites::a_throttled_device_is_slow", json!({})).does("exit 0")
-            .lacking("the machine has no block device of its own: containers' files come over virtio-fs"),
         case("bites::a_denied_device_cannot_be_opened", json!({})).sees("access").both(json!({ "access": {
             "b 8:0": ["ok", "denied", "denied", "denied"], "c 1:11": ["ok", "denied", "denied", "denied"], "c 10:232": ["ok", "denied", "denied", "denied"] } })),
         case("bites::a_denied_system_call_fails", json!({ "linux": { "seccomp": { "defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64"],

@@ -59,7 +59,7 @@ pub fn all() -> Vec<Case> {
         case("cgroups::io_leaf_weight", with(json!({ "blockIO": { "leafWeight": 500 } })))
             .sees("cgroup").ours_refuses("linux.resources.blockIO.leafWeight", "cgroup v2 has no leaf weights"),
         case("cgroups::io_throttle_of_a_device_of_the_host", with(json!({ "blockIO": { "throttleReadBpsDevice": [{ "major": 254, "minor": 0, "rate": 1_000_000 }] } })))
-            .sees("cgroup").survives(),
+            .sees("cgroup").ours_refuses("linux.resources.blockIO.throttleReadBpsDevice", "the machine has no block device of the host"),
         case("cgroups::network_class", with(json!({ "network": { "classID": 1 } })))
             .sees("cgroup").ours_refuses("linux.resources.network", "cgroup v2 has no net_cls and net_prio"),
         case("cgroups::rdma", with(json!({ "rdma": { "mlx5_1": { "hcaHandles": 3 } } })))

@@ -5,6 +5,7 @@ use crate::case::Case;
 mod bites;
 mod cgroups;
 mod devices;
+mod disks;
 mod hooks;
 mod hostile;
 mod mounts;
@@ -28,6 +29,7 @@ pub fn all() -> Vec<Case> {
         hooks::all(),
         refused::all(),
         bites::all(),
+        disks::all(),
         unruly::all(),
         hostile::all(),
     ]
