@@ -3,7 +3,9 @@
 
 use std::{path::PathBuf, process::ExitCode, time::Instant};
 
-use bulkhead_harness::{Engine, Failure, Outcome, Scale, Suite, leaks::Snapshot, suite::Options};
+use bulkhead_harness::{
+    Choice, Engine, Failure, Outcome, Scale, Suite, leaks::Snapshot, suite::Options,
+};
 use clap::{Parser, ValueEnum};
 
 mod case;
@@ -36,18 +38,8 @@ struct Args {
     /// The static probe; without this, `conformance-probe` beside this program.
     #[arg(long)]
     probe: Option<PathBuf>,
-    /// Only cases whose name holds one of these words.
-    #[arg(long)]
-    filter: Vec<String>,
-    /// Not these.
-    #[arg(long)]
-    skip: Vec<String>,
-    /// Only each N-th case beginning with the K-th, as K/N.
-    #[arg(long, value_name = "K/N", value_parser = shard)]
-    shard: Option<(usize, usize)>,
-    /// Print the names.
-    #[arg(long)]
-    list: bool,
+    #[command(flatten)]
+    choice: Choice,
     /// Print what each side saw.
     #[arg(long)]
     verbose: bool,
@@ -68,20 +60,9 @@ enum EngineName {
 fn main() -> ExitCode {
     let args = Args::parse();
     let all = cases::all();
-    let (first, step) = args.shard.unwrap_or((1, 1));
-    let chosen: Vec<&Case> = all
-        .iter()
-        .filter(|c| args.filter.is_empty() || args.filter.iter().any(|w| c.name.contains(w)))
-        .skip(first - 1)
-        .step_by(step)
-        .filter(|c| !args.skip.contains(&c.name))
-        .collect();
-    if args.list {
-        for case in &chosen {
-            println!("{}", case.name);
-        }
+    let Some(chosen) = args.choice.of(&all, |case| &case.name) else {
         return ExitCode::SUCCESS;
-    }
+    };
     match run(&args, &chosen) {
         Ok(failed) => ExitCode::from(u8::from(failed > 0)),
         Err(error) => {
@@ -89,13 +70,6 @@ fn main() -> ExitCode {
             ExitCode::from(2)
         }
     }
-}
-
-fn shard(text: &str) -> Result<(usize, usize), String> {
-    text.split_once('/')
-        .and_then(|(k, n)| Some((k.parse().ok()?, n.parse().ok()?)))
-        .filter(|(k, n)| (1..=*n).contains(k))
-        .ok_or_else(|| "is not K/N with K from 1 to N".into())
 }
 
 fn run(args: &Args, chosen: &[&Case]) -> anyhow::Result<usize> {

@@ -3,7 +3,7 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use bulkhead_harness::{
-    Engine, Scale, Suite, Test,
+    Choice, Engine, Scale, Suite, Test,
     runner::{self, Tally},
     suite::Options,
 };
@@ -34,18 +34,8 @@ struct Args {
     /// Folder with the images' tar files.
     #[arg(long)]
     images: Option<PathBuf>,
-    /// Only cases whose name holds one of these words.
-    #[arg(long)]
-    filter: Vec<String>,
-    /// Not the one of this name.
-    #[arg(long)]
-    skip: Vec<String>,
-    /// Only each N-th case beginning with the K-th, as K/N.
-    #[arg(long, value_name = "K/N", value_parser = shard)]
-    shard: Option<(usize, usize)>,
-    /// Print the names.
-    #[arg(long)]
-    list: bool,
+    #[command(flatten)]
+    choice: Choice,
     /// Smaller sizes.
     #[arg(long)]
     quick: bool,
@@ -61,20 +51,9 @@ enum EngineName {
 fn main() -> ExitCode {
     let args = Args::parse();
     let all = all();
-    let (first, step) = args.shard.unwrap_or((1, 1));
-    let chosen: Vec<&Test> = all
-        .iter()
-        .filter(|t| args.filter.is_empty() || args.filter.iter().any(|w| t.name.contains(w)))
-        .skip(first - 1)
-        .step_by(step)
-        .filter(|t| !args.skip.iter().any(|name| t.name == name))
-        .collect();
-    if args.list {
-        for test in &chosen {
-            println!("{}", test.name);
-        }
+    let Some(chosen) = args.choice.of(&all, |test| test.name) else {
         return ExitCode::SUCCESS;
-    }
+    };
     match run(&args, &chosen) {
         Ok(tally) => {
             println!(
@@ -88,13 +67,6 @@ fn main() -> ExitCode {
             ExitCode::from(2)
         }
     }
-}
-
-fn shard(text: &str) -> Result<(usize, usize), String> {
-    text.split_once('/')
-        .and_then(|(k, n)| Some((k.parse().ok()?, n.parse().ok()?)))
-        .filter(|(k, n)| (1..=*n).contains(k))
-        .ok_or_else(|| "is not K/N with K from 1 to N".into())
 }
 
 fn run(args: &Args, chosen: &[&Test]) -> anyhow::Result<Tally> {

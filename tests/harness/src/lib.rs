@@ -2,6 +2,7 @@
 //! the product. A test case gets a [`Suite`]: a containerd of its own, images, and builders that keep the case
 //! on one screen; [`runner`] wraps each case in a [`leaks`] check.
 
+pub mod choice;
 pub mod command;
 pub mod containerd;
 pub mod events;
@@ -15,6 +16,7 @@ pub mod spec;
 pub mod suite;
 pub mod tree;
 
+pub use choice::Choice;
 pub use command::{Invocation, Keep, Output, Running};
 pub use failure::{Context, Failure, Outcome, skip};
 pub use pod::{Exec, Pod, Run};
