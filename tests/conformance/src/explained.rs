@@ -77,6 +77,11 @@ const TABLE: &[Explained] = &[
         "virtiofs",
         "files of the host come into the machine by virtio-fs",
     ),
+    seen(
+        &["signals", "ignored"],
+        "0000000000000000",
+        "none is ignored here; runc hands on what its caller ignores, as signal 32 is below a program started by posix_spawn",
+    ),
     // What is masked or read-only depends on what the kernel has.
     entry(&["mounts", "at", "/proc/acpi"], NO_FILE),
     entry(&["mounts", "at", "/proc/scsi"], NO_FILE),
