@@ -1,12 +1,13 @@
 //! The pod's containers and their processes: the state behind the service.
 //!
-//! A process is *registered* (an exec that has not started), *created* (waits for its execve), *running*, then *ended*. One
-//! lock holds the state and is never held over an await. The agent has one thread and reaps only in its event loop, so a pid that
-//! is not marked as reaped is still this process's.
+//! One lock holds the containers and is never held over an await. The agent has one thread and reaps only in its event loop, so a
+//! pid that is not marked as reaped is still its process's. What a process goes through is in `pod/life.rs`.
+
+mod life;
 
 use std::{
     collections::HashMap,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::OwnedFd,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -18,59 +19,25 @@ use bulkhead_protocol::{
 };
 use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Process as ProcessSpec, Spec};
 use rustix::process::{Pid, PidfdFlags};
-use tokio::{io::unix::AsyncFd, sync::watch};
 use tokio_vsock::VsockStream;
 
 use crate::{
     container::{
-        attributes,
         cgroup::{self, Cgroup},
         check,
         control::{Shared, Work},
         hooks::Identity,
         ids::Ids,
-        launch::{Prepared, prepare},
-        namespaces, parse, process, rootfs, tty,
+        launch::Prepared,
+        namespaces, parse, process, rootfs,
     },
     error::{Context, Error, Result},
-    reaper::{Reaped, Reaper, now},
-    streams::{Flags, Streams},
+    reaper::Reaper,
+    streams::Flags,
 };
 
-/// How a process ended.
-#[derive(Clone, Copy, Debug)]
-pub struct Exit {
-    /// Code and time.
-    pub reaped: Reaped,
-    /// Whether the kernel killed in this cgroup for memory.
-    pub oom: bool,
-    /// Its pid while it ran; 0 if it never did.
-    pub pid: u32,
-}
-
-enum State {
-    /// An exec that waits for its start.
-    Registered(Box<ProcessSpec>),
-    /// A start is on.
-    Starting,
-    /// Set up; only the execve is missing.
-    Created(Prepared),
-    /// The execve succeeded.
-    Running,
-    /// It could not be started.
-    Failed,
-}
-
-/// A container's init or an exec.
-pub struct Process {
-    flags: Flags,
-    streams: Streams,
-    state: Mutex<State>,
-    /// Pid and its reaped end, once there is a process.
-    alive: Mutex<Option<(u32, watch::Receiver<Option<Reaped>>)>>,
-    pty: Mutex<Option<Arc<AsyncFd<OwnedFd>>>>,
-    exit: watch::Sender<Option<Exit>>,
-}
+pub use life::Exit;
+use life::{Begun, Process};
 
 struct Container {
     cgroup: Cgroup,
@@ -89,61 +56,6 @@ pub struct Pod {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
-
-impl Process {
-    fn new(flags: Flags, state: State) -> Arc<Self> {
-        Arc::new(Self {
-            flags,
-            streams: Streams::new(flags),
-            state: Mutex::new(state),
-            alive: Mutex::new(None),
-            pty: Mutex::new(None),
-            exit: watch::Sender::new(None),
-        })
-    }
-
-    /// Its pid, as long as it is not reaped.
-    fn pid(&self) -> Option<u32> {
-        match &*lock(&self.alive) {
-            Some((pid, reaped)) if reaped.borrow().is_none() => Some(*pid),
-            _ => None,
-        }
-    }
-
-    fn exited(&self) -> Option<Exit> {
-        *self.exit.borrow()
-    }
-
-    async fn wait(&self) -> Exit {
-        let mut exit = self.exit.subscribe();
-        let ended = exit.wait_for(Option::is_some).await;
-        ended.ok().and_then(|exit| *exit).unwrap_or(NEVER_RAN)
-    }
-
-    fn fail(&self, status: u32) {
-        *lock(&self.state) = State::Failed;
-        let reaped = Reaped { status, at: now() };
-        self.exit.send_replace(Some(Exit {
-            reaped,
-            ..NEVER_RAN
-        }));
-    }
-
-    fn signal(&self, signal: i32) -> Result<()> {
-        let Some(pid) = self.pid() else {
-            return Err(Error::NotFound("the process".into()));
-        };
-        let signal = nix::sys::signal::Signal::try_from(signal).ok();
-        let pid = nix::unistd::Pid::from_raw(pid.cast_signed());
-        nix::sys::signal::kill(pid, signal).step(|| "send the signal".into())
-    }
-}
-
-const NEVER_RAN: Exit = Exit {
-    reaped: Reaped { status: 0, at: 0 },
-    oom: false,
-    pid: 0,
-};
 
 impl Pod {
     /// An empty pod.
@@ -234,7 +146,7 @@ impl Pod {
                 || namespaces::is_joined(&spec, LinuxNamespaceType::Cgroup),
         };
         let cgroup = Cgroup::create(&identity.id, &spec, &shared.ids)?;
-        let process = Process::new(flags, State::Starting);
+        let process = Process::new(flags, None);
         let work = Work::Create {
             spec: Box::new(spec),
             rootfs,
@@ -244,17 +156,17 @@ impl Pod {
             joins,
         };
         let folder = cgroup::open(cgroup.path())?;
-        let launched = self.launch(&process, &work, folder, &joined).await;
+        let launched = process.launch(&self.reaper, &work, folder, &joined).await;
         match launched {
             Ok(prepared) => {
                 let pid = prepared.pid;
                 let path = cgroup.path().to_path_buf();
-                self.watch(&process, &prepared, move |_| {
+                process.watch(&prepared, move |_| {
                     // Without a pid namespace of its own a container's processes outlive their init.
                     let _ = std::fs::write(path.join("cgroup.kill"), "1");
                     cgroup::oom_kills(&path) > 0
                 });
-                *lock(&process.state) = State::Created(prepared);
+                process.created(prepared);
                 let container = Container {
                     cgroup,
                     shared,
@@ -301,62 +213,6 @@ impl Pod {
         inits.any(|container| container.init.pid() == Some(pid))
     }
 
-    /// Launches a process up to its execve and connects its streams.
-    async fn launch(
-        &self,
-        process: &Arc<Process>,
-        work: &Work,
-        cgroup: OwnedFd,
-        others: &[OwnedFd],
-    ) -> Result<Prepared> {
-        let stdio = process.streams.open_pipes()?;
-        let prepared = prepare(&self.reaper, work, stdio, cgroup.as_fd(), others).await;
-        let mut prepared = match prepared {
-            Ok(prepared) => prepared,
-            Err(failed) => {
-                // It is on its way out; the cgroup can be removed once it is reaped.
-                if let Some(mut reaped) = failed.reaped {
-                    let _ = reaped.wait_for(Option::is_some).await;
-                }
-                return Err(failed.error);
-            }
-        };
-        let (spec, exec) = work.process();
-        let set = spec.map_or(Ok(()), |spec| attributes::apply(prepared.pid, spec, exec));
-        if let Err(error) = set {
-            // Without its agent the process ends.
-            let mut reaped = prepared.reaped.clone();
-            drop(prepared);
-            let _ = reaped.wait_for(Option::is_some).await;
-            return Err(error);
-        }
-        if let Some(master) = prepared.pty.take() {
-            *lock(&process.pty) = Some(process.streams.set_pty(master)?);
-        }
-        Ok(prepared)
-    }
-
-    /// Notes the process's end when it comes. `oom` is asked then.
-    fn watch(
-        &self,
-        process: &Arc<Process>,
-        prepared: &Prepared,
-        oom: impl FnOnce(Reaped) -> bool + Send + 'static,
-    ) {
-        let pid = prepared.pid;
-        let mut reaped = prepared.reaped.clone();
-        *lock(&process.alive) = Some((pid, reaped.clone()));
-        let process = Arc::clone(process);
-        tokio::spawn(async move {
-            let end = reaped.wait_for(Option::is_some).await;
-            let Some(reaped) = end.ok().and_then(|end| *end) else {
-                return;
-            };
-            let oom = oom(reaped);
-            process.exit.send_replace(Some(Exit { reaped, oom, pid }));
-        });
-    }
-
     /// Registers an exec.
     pub fn create_exec(&self, request: &CreateExecRequest) -> Result<()> {
         check_id("exec", &request.exec_id)?;
@@ -375,7 +231,7 @@ impl Pod {
             if container.execs.len() >= EXECS_MAX {
                 return Err(Error::Limit("the container has too many execs".into()));
             }
-            let process = Process::new(flags, State::Registered(Box::new(spec)));
+            let process = Process::new(flags, Some(spec));
             container.execs.insert(name.clone(), process);
             Ok(())
         })
@@ -384,40 +240,17 @@ impl Pod {
     /// Starts a created init or a registered exec; answers its pid.
     pub async fn start(self: Arc<Self>, container: String, exec: String) -> Result<u32> {
         let process = self.process(&container, &exec)?;
-        let state = {
-            let mut state = lock(&process.state);
-            if let State::Registered(_) | State::Created(_) = *state {
-                std::mem::replace(&mut *state, State::Starting)
-            } else {
-                return Err(Error::State("the process was started already".into()));
-            }
-        };
-        let started = match state {
-            State::Created(prepared) => self.release(&process, prepared).await,
-            State::Registered(spec) => match self.prepare_exec(&container, &process, *spec).await {
-                Ok(prepared) => self.release(&process, prepared).await,
+        let started = match process.begin()? {
+            Begun::Created(prepared) => process.release(prepared).await,
+            Begun::Exec(spec) => match self.prepare_exec(&container, &process, *spec).await {
+                Ok(prepared) => process.release(prepared).await,
                 Err(error) => Err(error),
             },
-            State::Starting | State::Running | State::Failed => {
-                Err(Error::State("the process was started already".into()))
-            }
         };
-        if let Err(error) = &started
-            && process.pid().is_none()
-            && process.exited().is_none()
-        {
-            process.fail(exit_code_of(error));
+        if let Err(error) = &started {
+            process.not_started(error);
         }
         started
-    }
-
-    async fn release(&self, process: &Arc<Process>, prepared: Prepared) -> Result<u32> {
-        let started = prepared.start().await;
-        *lock(&process.state) = match started {
-            Ok(()) => State::Running,
-            Err(_) => State::Failed,
-        };
-        started.map(|()| prepared.pid)
     }
 
     async fn prepare_exec(
@@ -430,7 +263,7 @@ impl Pod {
             let Some(init) = found.init.pid() else {
                 return Err(Error::State(format!("container {container} has ended")));
             };
-            if !matches!(*lock(&found.init.state), State::Running) {
+            if !found.init.is_running() {
                 return Err(Error::State(format!(
                     "container {container} is not running"
                 )));
@@ -447,11 +280,13 @@ impl Pod {
         let work = Work::Exec {
             process: Box::new(spec),
             shared,
-            terminal: process.flags.terminal,
+            terminal: process.has_terminal(),
         };
         let kills = cgroup::oom_kills(&path);
-        let prepared = self.launch(process, &work, folder, &[target]).await?;
-        self.watch(process, &prepared, move |reaped| {
+        let prepared = process
+            .launch(&self.reaper, &work, folder, &[target])
+            .await?;
+        process.watch(&prepared, move |reaped| {
             reaped.status == 137 && cgroup::oom_kills(&path) > kills
         });
         Ok(prepared)
@@ -488,24 +323,7 @@ impl Pod {
     /// Frees an exec, or a container with everything it has.
     pub async fn delete(self: Arc<Self>, container: String, exec: String) -> Result<Exit> {
         let process = self.process(&container, &exec)?;
-        let (registered, unstarted) = match *lock(&process.state) {
-            State::Registered(_) => (true, false),
-            State::Created(_) | State::Failed => (false, true),
-            State::Starting | State::Running => (false, false),
-        };
-        let exit = match process.exited() {
-            Some(exit) => exit,
-            None if registered => {
-                // Whoever waits for it waits in vain.
-                process.exit.send_replace(Some(NEVER_RAN));
-                NEVER_RAN
-            }
-            None if unstarted => {
-                let _ = process.signal(libc::SIGKILL);
-                process.wait().await
-            }
-            None => return Err(Error::State("the process has not ended".into())),
-        };
+        let exit = process.end().await?;
         if !exec.is_empty() {
             self.with(&container, |found| {
                 found.execs.remove(&exec);
@@ -536,27 +354,19 @@ impl Pod {
 
     /// Sets the size of a terminal; a process without one has nothing to set.
     pub fn resize(&self, container: &str, exec: &str, width: u32, height: u32) -> Result<()> {
-        let process = self.process(container, exec)?;
-        match &*lock(&process.pty) {
-            Some(pty) => {
-                let size = tty::winsize(width.into(), height.into());
-                rustix::termios::tcsetwinsize(pty.get_ref(), size)
-                    .step(|| "resize the terminal".into())
-            }
-            None => Ok(()),
-        }
+        self.process(container, exec)?.resize(width, height)
     }
 
     /// Ends a process's stdin.
     pub fn close_stdin(&self, container: &str, exec: &str) -> Result<()> {
-        self.process(container, exec)?.streams.close_stdin();
+        self.process(container, exec)?.streams().close_stdin();
         Ok(())
     }
 
     /// Hands a stream's connection to its process.
     pub fn connect(&self, header: &StreamHeader, connection: VsockStream) -> bool {
         self.process(&header.container, &header.exec)
-            .is_ok_and(|process| process.streams.connect(header.stream, connection))
+            .is_ok_and(|process| process.streams().connect(header.stream, connection))
     }
 
     /// Pids of the container's processes.
@@ -602,30 +412,5 @@ fn flags(stdio: &bulkhead_protocol::agent::Stdio) -> Flags {
         stdout: stdio.stdout,
         stderr: stdio.stderr,
         terminal: stdio.terminal,
-    }
-}
-
-/// Exit code of a process that could not be started, as shells and runc have it.
-fn exit_code_of(error: &Error) -> u32 {
-    let text = error.text();
-    if text.ends_with("permission denied") || text.ends_with("is a directory") {
-        126
-    } else if text.contains("exec: ") {
-        127
-    } else {
-        255
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn processes_that_cannot_start_have_the_exit_codes_of_shells() {
-        let code = |text: &str| exit_code_of(&Error::Executable(text.into()));
-        assert_eq!(code("exec: \"x\": executable file not found in $PATH"), 127);
-        assert_eq!(code("exec: \"/x\": permission denied"), 126);
-        assert_eq!(exit_code_of(&Error::State("x".into())), 255);
     }
 }
