@@ -135,6 +135,7 @@ const TABLE: &[Explained] = &[
     ),
     when(When::CgroupV1, &["mounts", "at", "/sys/fs/cgroup*"], V1),
     when(When::CgroupV1, &["cgroup"], V1),
+    seen(&["cgroup", "io.bfq.weight"], "default", KERNEL),
     // Devices.
     entry(
         &["access", "c 10:200"],
