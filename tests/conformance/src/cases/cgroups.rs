@@ -64,7 +64,8 @@ pub fn all() -> Vec<Case> {
             .sees("cgroup").ours_refuses("linux.resources.network", "cgroup v2 has no net_cls and net_prio"),
         case("cgroups::rdma", with(json!({ "rdma": { "mlx5_1": { "hcaHandles": 3 } } })))
             .sees("cgroup").ours_refuses("linux.resources.rdma", "the machine has no RDMA device"),
-        case("cgroups::unified_of_no_controller", unified("cgroup.procs", "1")).sees("cgroup").beyond(When::CgroupV1).refused(&["unified"]),
+        // Not for runc: it would move the host's process 1.
+        case("cgroups::unified_of_no_controller", unified("cgroup.procs", "1")).sees("cgroup").beyond(When::Always).refused(&["unified"]),
         case("cgroups::unified_with_a_path", unified("../memory.max", "1")).sees("cgroup").beyond(When::CgroupV1).refused(&["unified"]),
         case("cgroups::unified_of_a_missing_file", unified("memory.nothing", "1")).sees("cgroup").beyond(When::CgroupV1).refused(&["memory.nothing"]),
         case("cgroups::a_resource_that_no_spec_knows", with(json!({ "gravity": { "limit": 1 } })))
