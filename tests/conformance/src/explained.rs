@@ -1,5 +1,7 @@
 //! Differences that are right, and why. A difference that matches no entry fails its case.
 
+use serde_json::Value;
+
 use crate::{
     compare::Difference,
     host::{Host, When},
@@ -13,6 +15,8 @@ struct Explained {
     cases: &'static str,
     /// What Bulkhead's side must have seen; null is any.
     ours: &'static str,
+    /// The words that the lists of the two sides may differ in; none is any.
+    only: &'static [&'static str],
     when: When,
     why: &'static str,
 }
@@ -22,6 +26,7 @@ const fn entry(at: &'static [&'static str], why: &'static str) -> Explained {
         at,
         cases: "",
         ours: "",
+        only: &[],
         when: When::Always,
         why,
     }
@@ -29,31 +34,33 @@ const fn entry(at: &'static [&'static str], why: &'static str) -> Explained {
 
 const fn within(cases: &'static str, at: &'static [&'static str], why: &'static str) -> Explained {
     Explained {
-        at,
         cases,
-        ours: "",
-        when: When::Always,
-        why,
+        ..entry(at, why)
     }
 }
 
 const fn when(when: When, at: &'static [&'static str], why: &'static str) -> Explained {
     Explained {
-        at,
-        cases: "",
-        ours: "",
         when,
-        why,
+        ..entry(at, why)
     }
 }
 
 const fn seen(at: &'static [&'static str], ours: &'static str, why: &'static str) -> Explained {
     Explained {
-        at,
-        cases: "",
         ours,
-        when: When::Always,
-        why,
+        ..entry(at, why)
+    }
+}
+
+const fn words(
+    only: &'static [&'static str],
+    at: &'static [&'static str],
+    why: &'static str,
+) -> Explained {
+    Explained {
+        only,
+        ..entry(at, why)
     }
 }
 
@@ -67,8 +74,9 @@ const FLAG: &str = "a read-only sysfs is made by a flag of the mount, where runc
 const TMPFS_MODE: &str = "a tmpfs without mode takes that of the folder it covers: as an option here, by chmod after the mount in runc";
 const ORDER: &str = "a bind's source is cloned before the rootfs is made, so the kernel numbers and lists it first; what covers what is the same";
 const KERNEL: &str = "the two kernels differ in version and in what they are built with";
+const NO_MODULES: &str = "the guest's kernel has no modules, so these system calls do not exist";
 const LIMITS: &str =
-    "not in the spec: the machine's default, which the kernel takes from the machine's memory";
+    "not in the spec: the machine's default, where runc hands on what its caller has";
 
 const TABLE: &[Explained] = &[
     // Files come from the host by virtio-fs.
@@ -112,6 +120,12 @@ const TABLE: &[Explained] = &[
     entry(&["mounts", "at", "/sys", "own"], FLAG),
     within("sysfs", &["mounts", "at", "/s", "own"], FLAG),
     within("sysfs_readonly", &["paths", "/sys"], NO_FILE),
+    words(&["inode64"], &["mounts", "at", "*", "own"], KERNEL),
+    words(
+        &["noatime", "relatime"],
+        &["mounts", "at", "/", "options"],
+        "how the host keeps times of access is the host's own; the rootfs is a mount of the machine",
+    ),
     entry(&["mounts", "at", "/tmp", "own"], TMPFS_MODE),
     within("parent_after", &["mounts", "at", "/a", "own"], TMPFS_MODE),
     within(
@@ -137,6 +151,7 @@ const TABLE: &[Explained] = &[
     when(When::CgroupV1, &["cgroup"], V1),
     seen(&["cgroup", "io.bfq.weight"], "default", KERNEL),
     // Devices.
+    seen(&["devices", "core"], "null", NO_FILE),
     entry(
         &["access", "c 10:200"],
         "runc up to 1.1 lets every container use /dev/net/tun; the spec's default devices do not hold it",
@@ -152,18 +167,20 @@ const TABLE: &[Explained] = &[
         "runc leaves /dev out of its set-up when it is a link",
     ),
     Explained {
-        at: &["access"],
-        cases: "devices::deny_one",
-        ours: "",
         when: When::CgroupV1,
-        why: "cgroup v1 forgets the default rule to make nodes when a device is denied",
+        ..within(
+            "devices::deny_one",
+            &["access"],
+            "cgroup v1 forgets the default rule to make nodes when a device is denied",
+        )
     },
     Explained {
-        at: &["access"],
-        cases: "devices::default_devices_cannot",
-        ours: "",
         when: When::CgroupV1,
-        why: "cgroup v1 forgets the default rule to make nodes when a device is denied",
+        ..within(
+            "devices::default_devices_cannot",
+            &["access"],
+            "cgroup v1 forgets the default rule to make nodes when a device is denied",
+        )
     },
     within(
         "exec_sees",
@@ -181,7 +198,10 @@ const TABLE: &[Explained] = &[
     entry(&["syscalls", "userfaultfd"], KERNEL),
     entry(&["syscalls", "perf_event_open"], KERNEL),
     entry(&["syscalls", "bpf"], KERNEL),
+    entry(&["syscalls", "init_module"], NO_MODULES),
+    entry(&["syscalls", "delete_module"], NO_MODULES),
     entry(&["rlimits", "NPROC"], LIMITS),
+    entry(&["rlimits", "MEMLOCK"], LIMITS),
     entry(&["rlimits", "SIGPENDING"], LIMITS),
     entry(
         &["rlimits", "NOFILE"],
@@ -213,11 +233,12 @@ const TABLE: &[Explained] = &[
         "descriptors that the runtime leaves open during the set-up are none of the program's",
     ),
     Explained {
-        at: &["poststart", "status"],
-        cases: "hooks::",
-        ours: "",
         when: When::OldRunc,
-        why: "runc up to 1.1 says `created` in poststart; the spec says `running`",
+        ..within(
+            "hooks::",
+            &["poststart", "status"],
+            "runc up to 1.1 says `created` in poststart; the spec says `running`",
+        )
     },
 ];
 
@@ -234,9 +255,21 @@ pub fn of(host: &Host, case: &str, difference: &Difference) -> Option<&'static s
                         .to_string()
                         .trim_matches('"')
                         .starts_with(entry.ours))
+                && only(entry.only, difference)
                 && matches(entry.at, &difference.at)
         })
         .map(|entry| entry.why)
+}
+
+/// Whether two lists are the same but for these words.
+fn only(words: &[&str], difference: &Difference) -> bool {
+    let rest = |value: &Value| {
+        let list = value.as_array()?.iter();
+        let other = list.filter(|item| !item.as_str().is_some_and(|text| words.contains(&text)));
+        Some(other.cloned().collect::<Vec<_>>())
+    };
+    let (ours, runc) = (rest(&difference.ours), rest(&difference.runc));
+    words.is_empty() || (ours.is_some() && ours == runc)
 }
 
 fn matches(pattern: &[&str], at: &[String]) -> bool {
@@ -259,6 +292,24 @@ pub fn of_field(host: &Host, field: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn words_that_may_differ_explain_no_other_difference() {
+        let between = |ours: Value, runc: Value| Difference {
+            at: Vec::new(),
+            ours,
+            runc,
+        };
+        let alike = between(json!(["rw"]), json!(["inode64", "rw"]));
+        assert!(only(&["inode64"], &alike));
+        assert!(!only(
+            &["inode64"],
+            &between(json!(["ro"]), json!(["inode64", "rw"]))
+        ));
+        assert!(!only(&["inode64"], &between(Value::Null, Value::Null)));
+        assert!(only(&[], &between(json!(1), json!(2))));
+    }
 
     #[test]
     fn a_star_matches_the_rest_of_a_key() {
