@@ -13,8 +13,8 @@ use bulkhead_protocol::{
     VERSION,
     agent::{
         ContainerRequest, CreateContainerRequest, CreateExecRequest, Empty, ListPidsResponse,
-        ProcessRequest, ProcessResponse, ResizePtyRequest, SignalRequest, StatsResponse,
-        UpdateRequest, WaitResponse,
+        ProcessRequest, ProcessResponse, ResizePtyRequest, SetNetworkRequest, SignalRequest,
+        StatsResponse, UpdateRequest, WaitResponse, WatchPortsRequest, WatchPortsResponse,
     },
     agent_ttrpc::{self, Agent},
     limits::{AGENT_PORT, READY_PORT, STREAM_HEADER_MAX, STREAM_PORT},
@@ -242,6 +242,18 @@ impl Agent for Service {
     async fn update(&self, _: &TtrpcContext, request: UpdateRequest) -> Answer<Empty> {
         answer(self.pod.update(&request.container, &request.resources))?;
         Ok(Empty::new())
+    }
+
+    async fn set_network(&self, _: &TtrpcContext, _: SetNetworkRequest) -> Answer<Empty> {
+        answer(Err(Error::refused("SetNetwork")))
+    }
+
+    async fn watch_ports(
+        &self,
+        _: &TtrpcContext,
+        _: WatchPortsRequest,
+    ) -> Answer<WatchPortsResponse> {
+        answer(Err(Error::refused("WatchPorts")))
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> Answer<Empty> {

@@ -3,6 +3,7 @@
 
 pub mod features;
 pub mod fields;
+pub mod forward;
 pub mod id;
 pub mod limits;
 pub mod stream;

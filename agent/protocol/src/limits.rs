@@ -6,6 +6,28 @@ pub const AGENT_PORT: u32 = 1024;
 pub const STREAM_PORT: u32 = 1025;
 /// Host port the agent dials once it serves.
 pub const READY_PORT: u32 = 1026;
+/// Guest port that leads to TCP ports of the pod's loopback.
+pub const FORWARD_PORT: u32 = 1027;
+/// Host port that leads to the resolver on 127.0.0.11 of the pod's namespace.
+pub const RESOLVER_PORT: u32 = 1028;
+/// Empty network devices that a machine has at boot.
+pub const NET_SLOTS: usize = 4;
+/// Addresses of one interface.
+pub const ADDRESSES_MAX: usize = 64;
+/// Routes of the pod's network.
+pub const ROUTES_MAX: usize = 1024;
+/// Permanent neighbours of the pod's network.
+pub const NEIGHBOURS_MAX: usize = 1024;
+/// TCP ports that are told to the host; of more the lowest.
+pub const FORWARD_PORTS_MAX: usize = 256;
+/// Connections to the pod's loopback at one time.
+pub const FORWARD_CONNECTIONS_MAX: usize = 256;
+/// Longest header or answer line of a connection to [`FORWARD_PORT`], in bytes.
+pub const FORWARD_LINE_MAX: usize = 256;
+/// Bytes a forwarded connection holds at most in one direction.
+pub const FORWARD_BUFFER: usize = 16 * 1024;
+/// Queries to the resolver at one time.
+pub const RESOLVER_QUERIES_MAX: usize = 64;
 /// Longest header line of a stdio stream, in bytes.
 pub const STREAM_HEADER_MAX: usize = 1024;
 /// Longest container or exec id, in bytes.
