@@ -3,6 +3,7 @@
 //! Called once by `bulkhead-vmm` when it starts. The file comes from the shim and is not trusted: unknown keys,
 //! values outside their range and names that are not plain words are refused with an error that names the field.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::RawFd;
@@ -11,7 +12,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use crate::limits;
-use crate::virtio::net::{Mac, Rate};
+use crate::virtio::net::Mac;
 
 /// Why a configuration was refused.
 #[derive(Debug, thiserror::Error)]
@@ -98,41 +99,15 @@ pub struct BlockConfig {
     pub readonly: bool,
 }
 
-/// One network device.
+/// One slot for a network interface, empty until `attach-net`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetConfig {
-    /// Inherited descriptors of a tap, made with `IFF_TAP`, `IFF_NO_PI` and `IFF_VNET_HDR`: one for each pair of queues.
-    pub tap_fds: Vec<RawFd>,
-    /// The guest's address, as six pairs of hexadecimal digits.
-    #[serde(deserialize_with = "mac")]
+    /// Name of the slot.
+    pub id: String,
+    /// The address that the guest finds in the device, and knows the slot by: six pairs of hexadecimal digits.
+    #[serde(deserialize_with = "crate::virtio::net::mac")]
     pub mac: Mac,
-    /// Largest packet in bytes, without the Ethernet header: at least 68.
-    pub mtu: u16,
-    /// Cap of each direction; none by default.
-    #[serde(default)]
-    pub rate: Rate,
-}
-
-fn mac<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Mac, D::Error> {
-    let text = String::deserialize(from)?;
-    let mut parts = text.split(':');
-    let mut mac = Mac::default();
-    let whole = mac.iter_mut().all(|byte| {
-        let part = parts
-            .next()
-            .filter(|part| part.len() == 2 && part.bytes().all(|digit| digit.is_ascii_hexdigit()));
-        let value = part.and_then(|part| u8::from_str_radix(part, 16).ok());
-        *byte = value.unwrap_or_default();
-        value.is_some()
-    });
-    // The lowest bit of the first byte is that of a group.
-    if whole && parts.next().is_none() && mac[0] & 1 == 0 && mac != Mac::default() {
-        return Ok(mac);
-    }
-    Err(serde::de::Error::custom(format!(
-        "mac is {text:?}: must be the address of one device, like 02:00:00:00:00:01"
-    )))
 }
 
 /// A machine's configuration: [`MachineConfig::load`] is the only way to one, so its values are in range.
@@ -158,7 +133,7 @@ pub struct MachineConfig {
     /// The file system device, if any.
     #[serde(default)]
     pub fs: Option<FsConfig>,
-    /// Network devices.
+    /// Slots for network interfaces.
     #[serde(default)]
     pub net: Vec<NetConfig>,
     /// Slots for block devices.
@@ -241,24 +216,29 @@ impl MachineConfig {
                 fs.worker_fds.len(),
                 "must have 1 to 16 entries",
             )?;
+            let mut seen = BTreeSet::new();
+            for fd in &fs.worker_fds {
+                let once = *fd > 2 && seen.insert(*fd);
+                let rule = "must be descriptors above 2, each once";
+                require(once, "fs.worker_fds", fd, rule)?;
+            }
         }
         require(
-            self.net.len() <= limits::NET_DEVICES,
+            self.net.len() <= limits::NET_SLOTS,
             "net",
             self.net.len(),
             "must have at most 4 entries",
         )?;
         for (index, net) in self.net.iter().enumerate() {
             let field = |name: &str| format!("net[{index}].{name}");
-            require(
-                (1..=limits::NET_PAIRS).contains(&net.tap_fds.len()),
-                &field("tap_fds"),
-                net.tap_fds.len(),
-                "must have 1 to 8 entries",
-            )?;
-            require(net.mtu >= 68, &field("mtu"), net.mtu, "must be 68 to 65535")?;
+            let before = self.net.iter().take(index);
+            let id_twice = before.clone().any(|other| other.id == net.id);
+            let mac_twice = before.clone().any(|other| other.mac == net.mac);
+            let mac = net.mac.map(|byte| format!("{byte:02x}")).join(":");
+            require(plain_word(&net.id, 20), &field("id"), &net.id, WORD_20)?;
+            require(!id_twice, &field("id"), &net.id, "is used twice")?;
+            require(!mac_twice, &field("mac"), mac, "is used twice")?;
         }
-        self.check_descriptors()?;
         require(
             self.blocks.len() <= limits::BLOCK_SLOTS,
             "blocks",
@@ -275,28 +255,6 @@ impl MachineConfig {
             if let Some(backing) = &block.path {
                 path(&field("path"), backing)?;
             }
-        }
-        Ok(())
-    }
-}
-
-impl MachineConfig {
-    /// All inherited descriptors: none is standard and none stands twice.
-    fn check_descriptors(&self) -> Result<(), ConfigError> {
-        let workers = self.fs.iter().flat_map(|fs| &fs.worker_fds);
-        let workers = workers.map(|fd| ("fs.worker_fds".to_owned(), *fd));
-        let taps = self.net.iter().enumerate().flat_map(|(index, net)| {
-            let named = move |fd: &RawFd| (format!("net[{index}].tap_fds"), *fd);
-            net.tap_fds.iter().map(named)
-        });
-        let mut seen = std::collections::BTreeSet::new();
-        for (field, fd) in workers.chain(taps) {
-            require(
-                fd > 2 && seen.insert(fd),
-                &field,
-                fd,
-                "must be descriptors above 2, each once",
-            )?;
         }
         Ok(())
     }
@@ -339,7 +297,7 @@ mod tests {
             "engine": "kvm", "kernel": "/k", "initramfs": "/i", "vcpus": 1, "memory_mib": 512,
             "qemu": "qemu-system-x86_64", "vsock": {"cid": 3},
             "fs": {"tag": "pod", "worker_fds": [10, 11]},
-            "net": [{"tap_fds": [12], "mac": "02:00:00:00:00:01", "mtu": 1500, "rate": {"bytes": 1000000}}],
+            "net": [{"id": "n0", "mac": "02:00:00:00:00:01"}],
             "blocks": [{"id": "b0", "path": "/d", "readonly": true}]
         });
         change(&mut value);
@@ -355,7 +313,6 @@ mod tests {
         assert_eq!(config.memory_bytes(), 512 << 20);
         assert_eq!(config.blocks[0].id, "b0");
         assert_eq!(config.net[0].mac, [2, 0, 0, 0, 0, 1]);
-        assert_eq!(config.net[0].rate.bytes, 1_000_000);
     }
 
     #[test]
@@ -379,7 +336,7 @@ mod tests {
     #[test]
     fn each_value_out_of_range_is_refused_by_name() {
         type Case = (&'static str, fn(&mut Value));
-        let cases: [Case; 17] = [
+        let cases: [Case; 19] = [
             ("kernel", |v| v["kernel"] = json!("k")),
             ("initramfs", |v| v["initramfs"] = json!("")),
             ("vcpus", |v| v["vcpus"] = json!(0)),
@@ -391,9 +348,21 @@ mod tests {
             ("fs.tag", |v| v["fs"]["tag"] = json!("a b")),
             ("fs.worker_fds", |v| v["fs"]["worker_fds"] = json!([])),
             ("fs.worker_fds", |v| v["fs"]["worker_fds"] = json!([5, 5])),
-            ("net[0].tap_fds", |v| v["net"][0]["tap_fds"] = json!([])),
-            ("net[0].tap_fds", |v| v["net"][0]["tap_fds"] = json!([11])),
-            ("net[0].mtu", |v| v["net"][0]["mtu"] = json!(67)),
+            ("fs.worker_fds", |v| v["fs"]["worker_fds"] = json!([2])),
+            ("net[0].id", |v| v["net"][0]["id"] = json!("")),
+            ("net", |v| {
+                let slot =
+                    |n| json!({"id": format!("n{n}"), "mac": format!("02:00:00:00:00:0{n}")});
+                v["net"] = (0..5).map(slot).collect();
+            }),
+            ("net[1].id", |v| {
+                let twin = json!({"id": "n0", "mac": "02:00:00:00:00:02"});
+                v["net"].as_array_mut().unwrap().push(twin);
+            }),
+            ("net[1].mac", |v| {
+                let twin = json!({"id": "n1", "mac": "02:00:00:00:00:01"});
+                v["net"].as_array_mut().unwrap().push(twin);
+            }),
             ("blocks[0].id", |v| v["blocks"][0]["id"] = json!("../x")),
             ("blocks[0].path", |v| v["blocks"][0]["path"] = json!("x")),
             ("blocks[1].id", |v| {

@@ -2,23 +2,24 @@
 //!
 //! One thread serves all connections. The socket stands in the pod's private folder, so who reaches it may ask; what is
 //! asked is parsed and bounded all the same: [`limits::CONTROL_LINE_BYTES`] a line and [`limits::CONTROL_CONNECTIONS`]
-//! at once. A descriptor comes with the bytes of its `attach` (SCM_RIGHTS).
+//! at once. Descriptors come with the bytes of their request (SCM_RIGHTS), [`limits::CONTROL_DESCRIPTORS`] at most.
 
-use std::fs::File;
-use std::io::{self, Write};
-use std::os::fd::AsRawFd;
+use std::io::{self, IoSliceMut, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::limits;
 use crate::machine::end::{End, EndReason, EndSender};
 use crate::machine::{Machine, MachineError};
+use crate::virtio::net::{Attachment, Mac, Rate};
 
 /// Why the socket cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -34,20 +35,38 @@ pub struct ControlError {
 enum RequestError {
     #[error("not a request: {0}")]
     Parse(serde_json::Error),
-    #[error("attach needs a descriptor sent along")]
-    NoDescriptor,
+    #[error("attach needs one descriptor sent along, not {0}")]
+    OneDescriptor(usize),
+    #[error(
+        "attach-net needs {vhosts} vhost descriptors after those of the tap, and {sent} were sent along"
+    )]
+    Vhosts { vhosts: usize, sent: usize },
     #[error(transparent)]
     Machine(#[from] MachineError),
 }
 
 #[derive(Deserialize)]
-#[serde(tag = "op", rename_all = "lowercase", deny_unknown_fields)]
+#[serde(tag = "op", rename_all = "kebab-case", deny_unknown_fields)]
 enum Request {
     Report {},
     Pause {},
     Resume {},
     Stop {},
-    Attach { slot: String },
+    Attach {
+        slot: String,
+    },
+    AttachNet {
+        slot: String,
+        #[serde(deserialize_with = "crate::virtio::net::mac")]
+        mac: Mac,
+        #[serde(default)]
+        vhost: usize,
+        #[serde(default)]
+        rate: Rate,
+    },
+    DetachNet {
+        slot: String,
+    },
 }
 
 #[derive(Serialize)]
@@ -121,7 +140,7 @@ fn poll_in(socket: &impl AsRawFd) -> libc::pollfd {
 struct Client {
     stream: UnixStream,
     line: Vec<u8>,
-    descriptor: Option<File>,
+    descriptors: Vec<OwnedFd>,
 }
 
 impl Client {
@@ -132,22 +151,21 @@ impl Client {
         Ok(Self {
             stream,
             line: Vec::new(),
-            descriptor: None,
+            descriptors: Vec::new(),
         })
     }
 
     /// Takes what came; an error means that the connection is over.
     fn serve(&mut self, machine: &Machine, end: &EndSender) -> io::Result<()> {
         let mut buffer = [0; 1024];
-        let (len, descriptor) = self
-            .stream
-            .recv_with_fd(&mut buffer)
-            .map_err(io::Error::from)?;
+        let (len, descriptors) = self.receive(&mut buffer)?;
         if len == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        // The newest counts, and one that no request took is closed.
-        self.descriptor = descriptor.or(self.descriptor.take());
+        // The newest count, and those that no request took are closed.
+        if !descriptors.is_empty() {
+            self.descriptors = descriptors;
+        }
         for &byte in buffer.iter().take(len) {
             if byte != b'\n' {
                 self.line.push(byte);
@@ -158,7 +176,8 @@ impl Client {
                 continue;
             }
             let line = std::mem::take(&mut self.line);
-            let (answer, last) = match self.request(&line, machine) {
+            let descriptors = std::mem::take(&mut self.descriptors);
+            let (answer, last) = match request(&line, descriptors, machine) {
                 Ok(Some(value)) => (Answer::Ok(value), false),
                 Ok(None) => (Answer::Ok(json!({})), true),
                 Err(error) => {
@@ -174,27 +193,26 @@ impl Client {
         Ok(())
     }
 
-    /// `None` means: stop.
-    fn request(&mut self, line: &[u8], machine: &Machine) -> Result<Option<Value>, RequestError> {
-        match serde_json::from_slice(line).map_err(RequestError::Parse)? {
-            Request::Report {} => Ok(Some(
-                serde_json::to_value(machine.report()).unwrap_or_default(),
-            )),
-            Request::Pause {} => machine
-                .pause()
-                .map(|()| Some(json!({})))
-                .map_err(Into::into),
-            Request::Resume {} => machine
-                .resume()
-                .map(|()| Some(json!({})))
-                .map_err(Into::into),
-            Request::Stop {} => Ok(None),
-            Request::Attach { slot } => {
-                let file = self.descriptor.take().ok_or(RequestError::NoDescriptor)?;
-                machine.attach(&slot, file)?;
-                Ok(Some(json!({})))
+    fn receive(&self, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+        let mut space =
+            [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(limits::CONTROL_DESCRIPTORS))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let message = recvmsg(
+            &self.stream,
+            &mut [IoSliceMut::new(buffer)],
+            &mut ancillary,
+            RecvFlags::CMSG_CLOEXEC,
+        )?;
+        let mut descriptors = Vec::new();
+        for part in ancillary.drain() {
+            if let RecvAncillaryMessage::ScmRights(fds) = part {
+                descriptors.extend(fds);
             }
         }
+        if message.flags.contains(ReturnFlags::CTRUNC) {
+            return Err(io::Error::other("too many descriptors"));
+        }
+        Ok((message.bytes, descriptors))
     }
 
     fn answer(&mut self, answer: &Answer) -> io::Result<()> {
@@ -202,6 +220,48 @@ impl Client {
         line.push(b'\n');
         self.stream.write_all(&line)
     }
+}
+
+/// `None` means: stop. Descriptors that it does not take are closed.
+fn request(
+    line: &[u8],
+    mut descriptors: Vec<OwnedFd>,
+    machine: &Machine,
+) -> Result<Option<Value>, RequestError> {
+    let sent = descriptors.len();
+    match serde_json::from_slice(line).map_err(RequestError::Parse)? {
+        Request::Report {} => {
+            let report = serde_json::to_value(machine.report()).unwrap_or_default();
+            return Ok(Some(report));
+        }
+        Request::Stop {} => return Ok(None),
+        Request::Pause {} => machine.pause()?,
+        Request::Resume {} => machine.resume()?,
+        Request::Attach { slot } => {
+            let file = descriptors.pop().filter(|_| sent == 1);
+            let file = file.ok_or(RequestError::OneDescriptor(sent))?;
+            machine.attach(&slot, file.into())?;
+        }
+        Request::AttachNet {
+            slot,
+            mac,
+            vhost: vhosts,
+            rate,
+        } => {
+            let taps = sent.checked_sub(vhosts);
+            let taps = taps.ok_or(RequestError::Vhosts { vhosts, sent })?;
+            let vhosts = descriptors.split_off(taps);
+            let attachment = Attachment {
+                mac,
+                rate,
+                taps: descriptors,
+                vhosts,
+            };
+            machine.attach_net(&slot, attachment)?;
+        }
+        Request::DetachNet { slot } => machine.detach_net(&slot)?,
+    }
+    Ok(Some(json!({})))
 }
 
 #[cfg(test)]
@@ -217,6 +277,9 @@ mod tests {
             r#"{"op":"resume"}"#,
             r#"{"op":"stop"}"#,
             r#"{"op":"attach","slot":"b0"}"#,
+            r#"{"op":"attach-net","slot":"n0","mac":"02:00:00:00:00:01"}"#,
+            r#"{"op":"attach-net","slot":"n0","mac":"02:00:00:00:00:01","vhost":8,"rate":{"frames":1}}"#,
+            r#"{"op":"detach-net","slot":"n0"}"#,
         ] {
             assert!(parse(good).is_ok(), "{good}");
         }
@@ -226,6 +289,10 @@ mod tests {
             "[]",
             r#"{"op":"halt"}"#,
             r#"{"op":"attach"}"#,
+            r#"{"op":"attach-net","slot":"n0"}"#,
+            r#"{"op":"attach-net","slot":"n0","mac":"03:00:00:00:00:01"}"#,
+            r#"{"op":"attach-net","slot":"n0","mac":"02:00:00:00:00:01","vhost":-1}"#,
+            r#"{"op":"attach-net","slot":"n0","mac":"02:00:00:00:00:01","rate":{"bits":1}}"#,
             r#"{"op":"stop","now":true}"#,
         ] {
             assert!(parse(bad).is_err(), "{bad}");

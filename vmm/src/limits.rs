@@ -48,8 +48,11 @@ pub const REQUESTS_AT_ONCE: usize = 16;
 /// Largest data of one block request.
 pub const BLOCK_REQUEST_BYTES: usize = 4 << 20;
 
-/// Most network devices of a machine.
-pub const NET_DEVICES: usize = 4;
+/// Most descriptors with one control request: a tap's queues, and a vhost for each.
+pub const CONTROL_DESCRIPTORS: usize = 2 * NET_PAIRS;
+
+/// Most slots for network interfaces.
+pub const NET_SLOTS: usize = 4;
 
 /// Most pairs of queues of a network device.
 pub const NET_PAIRS: usize = 8;

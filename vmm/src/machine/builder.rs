@@ -8,12 +8,13 @@ use super::{Engine, Machine, Readiness};
 use crate::config::{EngineKind, MachineConfig};
 use crate::engine::emulated::{EmulatedError, Emulator};
 use crate::engine::kvm::{KvmEngine, KvmError};
-use crate::fs::{inherited, inherited_sockets};
+use crate::fs::inherited_sockets;
+use crate::limits;
 use crate::serial::ConsoleRing;
 use crate::virtio::VirtioDevice;
 use crate::virtio::block::{Block, BlockError, Slot};
 use crate::virtio::fs::{Fs, FsError};
-use crate::virtio::net::{Net, Tap, TapError};
+use crate::virtio::net::{self, Net};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{MuxerError, Vsock};
 
@@ -32,12 +33,6 @@ pub enum BuildError {
     /// The file system device.
     #[error("cannot make the file system device")]
     Fs(#[source] FsError),
-    /// A number in `net[].tap_fds` is no descriptor that we inherited.
-    #[error("net.tap_fds does not name inherited descriptors")]
-    TapFds(#[source] std::io::Error),
-    /// A descriptor in `net[].tap_fds` is no tap for us.
-    #[error(transparent)]
-    Tap(#[from] TapError),
     /// Engine `kvm`.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -59,7 +54,8 @@ pub fn build(
         .iter()
         .map(Slot::new)
         .collect::<Result<_, _>>()?;
-    let devices = devices(config, &slots, &readiness, &end)?;
+    let nets = net_slots(config);
+    let devices = devices(config, &slots, &nets, &readiness, &end)?;
     let engine = match config.engine {
         EngineKind::Kvm => Engine::Kvm(KvmEngine::start(
             config,
@@ -75,16 +71,30 @@ pub fn build(
     Ok(Machine {
         engine,
         slots,
+        nets,
         console,
         readiness,
         paused: false.into(),
     })
 }
 
+/// One pair of queues is enough for a software CPU, whose emulator keeps the events that vhost would need.
+fn net_slots(config: &MachineConfig) -> Vec<Arc<net::Slot>> {
+    let (pairs, vhost) = match config.engine {
+        EngineKind::Kvm => (usize::from(config.vcpus).min(limits::NET_PAIRS), true),
+        EngineKind::Emulated => (1, false),
+    };
+    let slots = config.net.iter();
+    slots
+        .map(|slot| net::Slot::new(&slot.id, slot.mac, pairs, vhost))
+        .collect()
+}
+
 /// One device model for both engines.
 fn devices(
     config: &MachineConfig,
     slots: &[Arc<Slot>],
+    nets: &[Arc<net::Slot>],
     readiness: &Readiness,
     end: &EndSender,
 ) -> Result<Vec<Box<dyn VirtioDevice>>, BuildError> {
@@ -101,10 +111,8 @@ fn devices(
         let device = Fs::new(&fs.tag, sockets, end.clone()).map_err(BuildError::Fs)?;
         devices.push(Box::new(device));
     }
-    for net in &config.net {
-        let taps = inherited(&net.tap_fds).map_err(BuildError::TapFds)?;
-        let taps = taps.into_iter().map(Tap::new).collect::<Result<_, _>>()?;
-        devices.push(Box::new(Net::new(net.mac, net.mtu, net.rate, taps)));
+    for slot in nets {
+        devices.push(Box::new(Net::new(slot.clone())));
     }
     for slot in slots {
         devices.push(Box::new(Block::new(slot.clone())));

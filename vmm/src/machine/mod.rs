@@ -17,6 +17,7 @@ use crate::engine::kvm::{KvmEngine, NotStopping};
 use crate::limits;
 use crate::serial::ConsoleRing;
 use crate::virtio::block::{BlockError, Slot};
+use crate::virtio::net::{self, Attachment, NetError};
 
 /// What runs the vCPUs of a machine.
 pub enum Engine {
@@ -32,6 +33,12 @@ pub enum MachineError {
     /// No block slot of that name.
     #[error("there is no block slot {0}")]
     NoSlot(String),
+    /// No network slot of that name.
+    #[error("there is no network slot {0}")]
+    NoNetSlot(String),
+    /// The network slot refused.
+    #[error(transparent)]
+    Net(#[from] NetError),
     /// The slot refused the file.
     #[error(transparent)]
     Block(#[from] BlockError),
@@ -84,6 +91,7 @@ impl Readiness {
 pub struct Machine {
     engine: Engine,
     slots: Vec<Arc<Slot>>,
+    nets: Vec<Arc<net::Slot>>,
     console: Arc<ConsoleRing>,
     readiness: Readiness,
     paused: Mutex<bool>,
@@ -131,6 +139,22 @@ impl Machine {
         let found = self.slots.iter().find(|known| known.id() == slot);
         let slot = found.ok_or_else(|| MachineError::NoSlot(slot.to_owned()))?;
         Ok(slot.attach(file)?)
+    }
+
+    /// Fills a network slot.
+    pub fn attach_net(&self, slot: &str, attachment: Attachment) -> Result<(), MachineError> {
+        Ok(self.net(slot)?.attach(attachment)?)
+    }
+
+    /// Empties a network slot; all its descriptors are closed by then.
+    pub fn detach_net(&self, slot: &str) -> Result<(), MachineError> {
+        Ok(self.net(slot)?.detach()?)
+    }
+
+    fn net(&self, slot: &str) -> Result<&net::Slot, MachineError> {
+        let found = self.nets.iter().find(|known| known.id() == slot);
+        let found = found.ok_or_else(|| MachineError::NoNetSlot(slot.to_owned()))?;
+        Ok(found)
     }
 
     /// Counters and state.

@@ -20,9 +20,11 @@ pub mod transport;
 pub mod vsock;
 pub mod worker;
 
+use std::io;
 use std::sync::Arc;
 
 use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
 
 use self::queue::VirtQueue;
 
@@ -44,6 +46,10 @@ pub trait Interrupt: Send + Sync {
     fn queue_used(&self, index: u16);
     /// The device's configuration space changed.
     fn config_changed(&self);
+    /// Signalled by others than us (vhost in the kernel), it does what `queue_used` does; `None` if this transport has none.
+    fn call_event(&self, _index: u16) -> Option<io::Result<EventFd>> {
+        None
+    }
 }
 
 /// Everything a device needs to run, handed over at DRIVER_OK.

@@ -1,6 +1,8 @@
 //! A split virtqueue (virtio 1.3 section 2.7) as the devices use it: pop checked chains, push them back, notify once.
 
+use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vmm_sys_util::eventfd::EventFd;
@@ -34,6 +36,21 @@ pub enum QueueError {
         /// Which queue.
         index: u16,
     },
+}
+
+/// A ring in guest memory; addresses are guest-physical.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// Descriptors.
+    pub size: u16,
+    /// Descriptor table.
+    pub descriptors: u64,
+    /// Available ring.
+    pub available: u64,
+    /// Used ring.
+    pub used: u64,
+    /// Index of the next available chain to take.
+    pub next_available: u16,
 }
 
 /// One virtqueue, owned by the device while it is active.
@@ -166,17 +183,39 @@ impl VirtQueue {
             .map_err(|source| QueueError::Ring { index, source })
     }
 
-    /// Where the driver will put the next available chain.
-    #[cfg(test)]
-    pub fn next_avail(&self) -> u16 {
-        self.queue.next_avail()
+    /// Where the ring lies and how far it was served, for a kernel that is to go on with it. Nothing may be in flight.
+    pub fn layout(&self) -> Layout {
+        Layout {
+            size: self.queue.size(),
+            descriptors: self.queue.desc_table(),
+            available: self.queue.avail_ring(),
+            used: self.queue.used_ring(),
+            next_available: self.queue.next_avail(),
+        }
+    }
+
+    /// Goes on where another has stopped to serve the ring: `next_available` is the next that it would have taken, and
+    /// all that it took is in the used ring.
+    pub fn resume_at(&mut self, next_available: u16) -> Result<(), QueueError> {
+        let index = self.index;
+        let used = self
+            .queue
+            .used_idx(&*self.memory, Ordering::Acquire)
+            .map_err(|source| QueueError::Ring { index, source })?;
+        self.queue.set_next_avail(next_available);
+        self.queue.set_next_used(used.0);
+        Ok(())
+    }
+
+    /// Calls the guest for this queue when it is signalled; `None` where the transport cannot.
+    pub fn call_event(&self) -> Option<io::Result<EventFd>> {
+        self.interrupt.call_event(self.index)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
-    use std::sync::atomic::Ordering;
 
     use vm_memory::{Bytes, GuestAddress};
 

@@ -1,5 +1,6 @@
 //! A driver over plain memory for the devices' unit tests: lays out rings and makes chains available, honest or not.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -54,6 +55,10 @@ impl Interrupt for CountingInterrupt {
     fn config_changed(&self) {
         self.config.fetch_add(1, Ordering::SeqCst);
         self.event.write(1).unwrap();
+    }
+
+    fn call_event(&self, _index: u16) -> Option<io::Result<EventFd>> {
+        Some(self.event.try_clone())
     }
 }
 

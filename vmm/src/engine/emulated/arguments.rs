@@ -39,7 +39,7 @@ enum Driver {
     Rng,
     Vsock,
     Fs,
-    Net { mac: Mac, mtu: u16 },
+    Net { mac: Mac },
 }
 
 impl Frontend {
@@ -47,13 +47,9 @@ impl Frontend {
     pub fn new(device: &dyn VirtioDevice, socket: Socket) -> Result<Self, EmulatedError> {
         let driver = match device.device_type() {
             1 => {
-                let mut config = [0; 12];
-                device.read_config(0, &mut config);
-                let [a, b, c, d, e, f, .., low, high] = config;
-                Driver::Net {
-                    mac: [a, b, c, d, e, f],
-                    mtu: u16::from_le_bytes([low, high]),
-                }
+                let mut mac = Mac::default();
+                device.read_config(0, &mut mac);
+                Driver::Net { mac }
             }
             2 => Driver::Block,
             4 => Driver::Rng,
@@ -93,9 +89,9 @@ impl Frontend {
             Driver::Rng => "vhost-user-rng",
             Driver::Vsock => "vhost-user-vsock-device",
             Driver::Fs => "vhost-user-fs-device,num-request-queues=1,queue-size=512",
-            Driver::Net { mac, mtu } => {
+            Driver::Net { mac } => {
                 let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
-                return format!("virtio-net-device,netdev=net{index},mac={mac},host_mtu={mtu}");
+                return format!("virtio-net-device,netdev=net{index},mac={mac}");
             }
         };
         // The tag is a plain word, without a comma: `MachineConfig` checks that.
@@ -148,7 +144,6 @@ pub fn arguments(config: &MachineConfig, frontends: &[Frontend], tsc_khz: u64) -
     for (index, frontend) in frontends.iter().enumerate() {
         add("-chardev", &frontend.chardev(index));
         if let Driver::Net { .. } = frontend.driver {
-            // One pair of queues is enough for a software CPU.
             let netdev = format!("vhost-user,id=net{index},chardev=vhost{index},queues=1");
             add("-netdev", OsStr::new(&netdev));
         }
@@ -163,7 +158,7 @@ mod tests {
     use super::*;
     use crate::machine::end::end_channel;
     use crate::virtio::fs::Fs;
-    use crate::virtio::net::{Net, Rate};
+    use crate::virtio::net::{Net, Slot};
 
     #[test]
     fn every_path_is_an_argument_of_its_own() {
@@ -174,7 +169,7 @@ mod tests {
         let config = MachineConfig::load(folder.path()).unwrap();
         let (_ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
         let device = Fs::new("pod", vec![theirs.into()], end_channel().0).unwrap();
-        let net = Net::new([2, 0, 0, 0, 0, 1], 9000, Rate::default(), Vec::new());
+        let net = Net::new(Slot::new("n0", [2, 0, 0, 0, 0, 1], 1, false));
         let frontends = [
             Frontend::new(&device, Socket::Inherited(7)).unwrap(),
             Frontend::new(&net, Socket::Listening("/a,b/net".into())).unwrap(),
@@ -191,7 +186,7 @@ mod tests {
             "vhost-user-fs-device,num-request-queues=1,queue-size=512,tag=pod,chardev=vhost0"
         );
         assert!(list.contains(&"socket,id=vhost1,path=/a,,b/net".into()));
-        let net = "virtio-net-device,netdev=net1,mac=02:00:00:00:00:01,host_mtu=9000";
+        let net = "virtio-net-device,netdev=net1,mac=02:00:00:00:00:01";
         assert!(list.contains(&net.into()));
     }
 }

@@ -1,5 +1,6 @@
 //! A token bucket: how many bytes and frames a direction may carry.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// A cap for one direction; 0 is no cap.
@@ -14,6 +15,32 @@ pub struct Rate {
     pub burst_bytes: u64,
     /// Frames likewise.
     pub burst_frames: u64,
+}
+
+/// The two directions of a device, shared by its pairs of queues: one flow may have all of it.
+pub struct Rates {
+    inward: Mutex<Bucket>,
+    outward: Mutex<Bucket>,
+}
+
+impl Rates {
+    /// Both full.
+    pub fn new(rate: Rate, now: Instant) -> Self {
+        Self {
+            inward: Bucket::new(rate, now).into(),
+            outward: Bucket::new(rate, now).into(),
+        }
+    }
+
+    /// To the guest.
+    pub fn inward(&self) -> MutexGuard<'_, Bucket> {
+        self.inward.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From the guest.
+    pub fn outward(&self) -> MutexGuard<'_, Bucket> {
+        self.outward.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Both caps of a direction and what is left of them.

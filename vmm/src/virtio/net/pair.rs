@@ -1,4 +1,4 @@
-//! A receive and a transmit queue, the tap's queue between them and the host, and their rates: what one thread serves.
+//! Our own data path: the two queues of a pair, a queue of the tap, and the rates, served by one thread.
 
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
@@ -10,26 +10,25 @@ use rustix::time::{
     timerfd_settime,
 };
 
-use super::bucket::{Bucket, Rate};
-use super::{HEADER, Mac, Tap};
+use super::bucket::Rates;
+use super::link::Rings;
+use super::{ETHERNET, HEADER, Mac, Tap, feature, header};
 use crate::limits;
 use crate::virtio::chain::Chain;
 use crate::virtio::queue::{QueueError, VirtQueue};
 
 /// Offset of `num_buffers` in the header.
 const NUM_BUFFERS: usize = 10;
-/// Destination and source address, and a type.
-const ETHERNET: usize = 14;
 
 /// See the module.
 pub struct Pair {
     tap: Arc<Tap>,
     mac: Mac,
-    receive: VirtQueue,
-    transmit: VirtQueue,
-    mergeable: bool,
-    inward: Bucket,
-    outward: Bucket,
+    /// Those accepted.
+    features: u64,
+    rates: Option<Arc<Rates>>,
+    /// Frames of the tap go to this pair.
+    receives: bool,
     timer: OwnedFd,
     /// Of the direction to the guest.
     frame: Vec<u8>,
@@ -41,141 +40,157 @@ pub struct Pair {
 }
 
 impl Pair {
-    /// `features` are those accepted.
+    /// `features` are those accepted; without `receives` the pair only sends.
     pub fn new(
         tap: Arc<Tap>,
         mac: Mac,
-        [receive, transmit]: [VirtQueue; 2],
-        mergeable: bool,
-        rate: Rate,
+        features: u64,
+        rates: Option<Arc<Rates>>,
+        receives: bool,
     ) -> io::Result<Self> {
-        let now = Instant::now();
         Ok(Self {
             tap,
             mac,
-            receive,
-            transmit,
-            mergeable,
-            inward: Bucket::new(rate, now),
-            outward: Bucket::new(rate, now),
+            features,
+            rates,
+            receives,
             timer: timerfd_create(
                 TimerfdClockId::Monotonic,
                 TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC,
             )?,
             frame: vec![0; limits::NET_FRAME],
             waiting: None,
-            sent: Vec::with_capacity(limits::NET_FRAME),
+            sent: vec![0; limits::NET_FRAME],
             dropped: 0,
         })
     }
 
     /// Descriptors whose readiness means work, beside the kicks: the tap and the timer of the rates.
     pub fn sources(&self) -> io::Result<Vec<OwnedFd>> {
-        Ok(vec![self.tap.try_clone()?, self.timer.try_clone()?])
+        let mut sources = vec![self.timer.try_clone()?];
+        if self.receives {
+            sources.push(self.tap.try_clone()?);
+        }
+        Ok(sources)
     }
 
-    /// Serves both directions until there is nothing to do or others had to wait long enough.
-    pub fn serve(&mut self) -> Result<(), QueueError> {
-        self.serve_transmit()?;
-        self.serve_receive()
+    /// Serves both directions until there is nothing to do or others had to wait long enough. Nothing is in flight after.
+    pub fn serve(&mut self, rings: &mut Rings) -> Result<(), QueueError> {
+        self.serve_transmit(&mut rings.transmit)?;
+        if self.receives {
+            self.serve_receive(&mut rings.receive)?;
+        }
+        Ok(())
     }
 
-    fn serve_transmit(&mut self) -> Result<(), QueueError> {
+    fn serve_transmit(&mut self, queue: &mut VirtQueue) -> Result<(), QueueError> {
         let mut done = 0;
-        let ended = loop {
-            if done == limits::NET_FRAMES_AT_ONCE {
-                break true;
-            }
-            let wait = self.outward.wait(Instant::now());
+        queue.disable_kicks()?;
+        while done < limits::NET_FRAMES_AT_ONCE {
+            let wait = match &self.rates {
+                Some(rates) => rates.outward().wait(Instant::now()),
+                None => Duration::ZERO,
+            };
             if !wait.is_zero() {
                 self.call_after(wait);
-                break false;
+                break;
             }
-            let Some(chain) = self.transmit.pop()? else {
-                if self.transmit.enable_kicks()? {
+            let Some(chain) = queue.pop()? else {
+                if queue.enable_kicks()? {
                     continue;
                 }
-                break false;
+                break;
             };
             done += 1;
-            self.send(&chain);
-            self.transmit.push(chain, 0)?;
-        };
-        if done > 0 {
-            self.transmit.notify()?;
+            self.send(&chain, queue);
+            queue.push(chain, 0)?;
         }
-        if ended {
-            self.transmit.serve_again();
+        if done == limits::NET_FRAMES_AT_ONCE {
+            queue.serve_again();
+        }
+        if done > 0 {
+            queue.notify()?;
         }
         Ok(())
     }
 
     /// One frame of the guest; what cannot be sent is dropped, as on any network.
-    fn send(&mut self, chain: &Chain) {
+    fn send(&mut self, chain: &Chain, queue: &VirtQueue) {
         let len = chain.readable_len();
-        self.sent.clear();
-        let memory = self.transmit.memory().clone();
-        let whole = (HEADER + ETHERNET..=limits::NET_FRAME).contains(&len)
-            && chain.reader(&memory).read_to_end(&mut self.sent).is_ok();
-        let source = self.sent.get(HEADER + 6..HEADER + 12);
-        if !whole || source != Some(&self.mac) {
-            return self.drop_frame("malformed, or its source is not the device's address");
+        let fits = len >= HEADER + ETHERNET;
+        let Some(frame) = self.sent.get_mut(..len).filter(|_| fits) else {
+            return self.drop_frame(&"too short or too long");
+        };
+        if let Err(error) = chain.reader(queue.memory()).read_exact(frame) {
+            return self.drop_frame(&error);
         }
-        self.outward.spend(len - HEADER);
-        if let Err(error) = self.tap.send(&self.sent) {
-            self.drop_frame(&error.to_string());
+        if frame.get(HEADER + 6..HEADER + 12) != Some(&self.mac) {
+            return self.drop_frame(&"its source is not the device's address");
+        }
+        if let Err(error) = header::check(frame, self.features) {
+            return self.drop_frame(&error);
+        }
+        if let Some(rates) = &self.rates {
+            rates.outward().spend(len - HEADER);
+        }
+        if let Err(error) = self.tap.send(frame) {
+            self.drop_frame(&error);
         }
     }
 
-    fn serve_receive(&mut self) -> Result<(), QueueError> {
+    fn serve_receive(&mut self, queue: &mut VirtQueue) -> Result<(), QueueError> {
         let mut done = 0;
-        let ended = loop {
-            if done == limits::NET_FRAMES_AT_ONCE {
-                break true;
-            }
+        queue.disable_kicks()?;
+        while done < limits::NET_FRAMES_AT_ONCE {
             let len = match self.waiting {
                 Some(len) => len,
-                None => {
-                    let wait = self.inward.wait(Instant::now());
-                    if !wait.is_zero() {
-                        self.call_after(wait);
-                        break false;
-                    }
-                    match self.tap.receive(&mut self.frame) {
-                        Ok(Some(len)) => len,
-                        Ok(None) => break false,
-                        Err(error) => {
-                            // The interface is down or gone; the next frame wakes us if it comes back.
-                            tracing::debug!(%error, "no frame from the tap");
-                            break false;
-                        }
-                    }
-                }
+                None => match self.next_frame() {
+                    Some(len) => len,
+                    None => break,
+                },
             };
             self.waiting = Some(len);
-            if !self.deliver(len)? {
-                if self.receive.enable_kicks()? {
+            if !self.deliver(len, queue)? {
+                if queue.enable_kicks()? {
                     continue;
                 }
-                break false;
+                break;
             }
             self.waiting = None;
-            self.inward.spend(len.saturating_sub(HEADER));
+            if let Some(rates) = &self.rates {
+                rates.inward().spend(len.saturating_sub(HEADER));
+            }
             done += 1;
-        };
-        if done > 0 {
-            self.receive.notify()?;
         }
-        if ended {
-            self.receive.serve_again();
+        if done == limits::NET_FRAMES_AT_ONCE {
+            queue.serve_again();
+        }
+        if done > 0 {
+            queue.notify()?;
         }
         Ok(())
     }
 
+    /// Reads into `frame`, if there is a frame and it may go now.
+    fn next_frame(&mut self) -> Option<usize> {
+        if let Some(rates) = &self.rates {
+            let wait = rates.inward().wait(Instant::now());
+            if !wait.is_zero() {
+                self.call_after(wait);
+                return None;
+            }
+        }
+        self.tap.receive(&mut self.frame).unwrap_or_else(|error| {
+            // The interface is down or gone; the next frame wakes us if it comes back.
+            tracing::debug!(%error, "no frame from the tap");
+            None
+        })
+    }
+
     /// Puts the frame into the guest's buffers (section 5.1.6.4): one chain, or several where the driver merges them.
     /// `false` if there are too few yet.
-    fn deliver(&mut self, len: usize) -> Result<bool, QueueError> {
-        let most = if self.mergeable {
+    fn deliver(&mut self, len: usize, queue: &mut VirtQueue) -> Result<bool, QueueError> {
+        let most = if self.features & feature::MRG_RXBUF != 0 {
             limits::NET_BUFFERS
         } else {
             1
@@ -183,7 +198,7 @@ impl Pair {
         let mut chains: Vec<Chain> = Vec::new();
         let mut room = 0usize;
         while room < len && chains.len() < most {
-            let Some(chain) = self.receive.pop()? else {
+            let Some(chain) = queue.pop()? else {
                 break;
             };
             room = room.saturating_add(chain.writable_len());
@@ -192,10 +207,10 @@ impl Pair {
         if room < len {
             let too_large = chains.len() == most;
             if too_large {
-                self.drop_frame("larger than the guest's buffers");
+                self.drop_frame(&"larger than the guest's buffers");
             }
             while let Some(chain) = chains.pop() {
-                self.receive.unpop(chain);
+                queue.unpop(chain);
             }
             return Ok(too_large);
         }
@@ -203,24 +218,23 @@ impl Pair {
         if let Some(field) = self.frame.get_mut(NUM_BUFFERS..HEADER) {
             field.copy_from_slice(&count.to_le_bytes());
         }
-        let memory = self.receive.memory().clone();
         let mut rest = self.frame.get(..len).unwrap_or_default();
         for chain in chains {
             let (part, after) = rest.split_at(rest.len().min(chain.writable_len()));
             rest = after;
             // Checked when popped: it fails for no reason of the guest's.
-            if chain.writer(&memory).write_all(part).is_err() {
+            if chain.writer(queue.memory()).write_all(part).is_err() {
                 tracing::warn!("cannot write a frame into guest memory");
             }
-            self.receive.push(chain, part.len() as u32)?;
+            queue.push(chain, part.len() as u32)?;
         }
         Ok(true)
     }
 
-    fn drop_frame(&mut self, why: &str) {
+    fn drop_frame(&mut self, why: &dyn std::fmt::Display) {
         self.dropped = self.dropped.saturating_add(1);
         if self.dropped <= limits::NET_WARNINGS {
-            tracing::debug!(why, "dropped a frame");
+            tracing::debug!(%why, "dropped a frame");
         }
     }
 

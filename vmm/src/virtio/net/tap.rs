@@ -115,6 +115,11 @@ impl Tap {
         Ok(())
     }
 
+    /// The descriptor's number, for the kernel's data path.
+    pub fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+
     /// A second descriptor of the same queue.
     pub fn try_clone(&self) -> io::Result<OwnedFd> {
         self.0.try_clone()

@@ -17,7 +17,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
@@ -81,9 +81,17 @@ struct MmioInterrupt {
     irq: EventFd,
     status: AtomicU32,
     generation: AtomicU32,
+    /// `irq` is signalled by the kernel too, which does not write `status`.
+    direct: AtomicBool,
 }
 
 impl MmioInterrupt {
+    /// A driver that looks for used buffers in vain has lost nothing.
+    fn status(&self) -> u32 {
+        let direct = self.direct.load(Ordering::SeqCst);
+        self.status.load(Ordering::SeqCst) | if direct { INTERRUPT_USED } else { 0 }
+    }
+
     fn raise(&self, reason: u32) {
         self.status.fetch_or(reason, Ordering::SeqCst);
         // Fails only when the counter is full: then an interrupt is pending already.
@@ -99,6 +107,11 @@ impl Interrupt for MmioInterrupt {
     fn config_changed(&self) {
         self.generation.fetch_add(1, Ordering::SeqCst);
         self.raise(INTERRUPT_CONFIG);
+    }
+
+    fn call_event(&self, _index: u16) -> Option<io::Result<EventFd>> {
+        self.direct.store(true, Ordering::SeqCst);
+        Some(self.irq.try_clone())
     }
 }
 
@@ -144,6 +157,7 @@ impl MmioTransport {
                 irq: event()?,
                 status: AtomicU32::new(0),
                 generation: AtomicU32::new(0),
+                direct: AtomicBool::new(false),
             }),
             kicks: (0..count).map(|_| event()).collect::<io::Result<_>>()?,
             offered: device.features() | COMMON_FEATURES,
@@ -183,7 +197,7 @@ impl MmioTransport {
             },
             QUEUE_SIZE_MAX => self.selected_max(),
             QUEUE_READY => self.selected().map_or(0, |queue| queue.ready.into()),
-            INTERRUPT_STATUS => self.interrupt.status.load(Ordering::SeqCst),
+            INTERRUPT_STATUS => self.interrupt.status(),
             STATUS => self.status,
             // No shared memory regions: length and base are all ones (section 4.2.2).
             SHM_FIRST..=SHM_LAST => u32::MAX,
@@ -414,6 +428,7 @@ impl MmioTransport {
         self.driver_features_sel = 0;
         self.queue_sel = 0;
         self.interrupt.status.store(0, Ordering::SeqCst);
+        self.interrupt.direct.store(false, Ordering::SeqCst);
     }
 
     fn warn(&mut self, what: &'static str, offset: u64, value: u32) {

@@ -44,7 +44,7 @@ impl VirtioDevice for Probe {
         let mut seen = self.0.lock().unwrap();
         let queues = activation.queues.iter();
         let queues = queues
-            .map(|queue| queue.as_ref().map(|queue| queue.next_avail()))
+            .map(|queue| queue.as_ref().map(|queue| queue.layout().next_available))
             .collect();
         seen.activations.push((activation.features, queues));
         seen.interrupt = Some(activation.interrupt);
