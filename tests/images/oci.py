@@ -1,5 +1,7 @@
 """Writes an OCI image layout as a tar: oci.py OUT.tar NAME LAYER..., a layer being a folder or a tar.
 
+The variable COMMAND is what a container runs by default (words by spaces), or it is a shell.
+
 Follows the OCI image-spec 1.1 (image-layout.md, manifest.md, config.md, layer.md). Layers are not compressed:
 the images are read once, from a local disk.
 """
@@ -58,7 +60,7 @@ def main() -> None:
             "os": "linux",
             "config": {
                 "Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
-                "Cmd": ["/bin/sh"],
+                "Cmd": os.environ.get("COMMAND", "/bin/sh").split(),
                 "WorkingDir": "/",
             },
             "rootfs": {"type": "layers", "diff_ids": [layer["digest"] for layer in descriptors]},

@@ -17,6 +17,7 @@ mod host;
 mod images;
 mod lifecycle;
 mod limits;
+mod network;
 mod pods;
 mod process;
 mod stdio;
@@ -98,7 +99,7 @@ fn run(args: &Args, chosen: &[&Test]) -> anyhow::Result<Tally> {
 }
 
 fn all() -> Vec<Test> {
-    [
+    let mut all = [
         host::TESTS,
         view::TESTS,
         process::TESTS,
@@ -112,5 +113,7 @@ fn all() -> Vec<Test> {
         bad_input::TESTS,
         crashes::TESTS,
     ]
-    .concat()
+    .concat();
+    all.extend(network::tests());
+    all
 }

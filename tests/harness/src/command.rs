@@ -159,6 +159,14 @@ impl Invocation {
         self
     }
 
+    /// Its words, for a command that runs it.
+    pub fn words(&self) -> Vec<String> {
+        std::iter::once(&self.program)
+            .chain(&self.args)
+            .map(|word| word.to_string_lossy().into_owned())
+            .collect()
+    }
+
     /// The command line as a person would type it; long words are cut.
     pub fn line(&self) -> String {
         let words = std::iter::once(&self.program)

@@ -25,6 +25,10 @@ pub struct Settings {
     pub config: PathBuf,
     /// Shell text that runs before containerd in the same process, in a mount namespace of its own.
     pub before: Option<String>,
+    /// Words before the command: it runs in other namespaces than the suite.
+    pub enter: Vec<String>,
+    /// The CRI plugin's part of the configuration; without it the plugin is off.
+    pub cri: Option<String>,
     /// How long it may take to answer.
     pub limit: Duration,
 }
@@ -45,7 +49,7 @@ impl Containerd {
             r#"version = 2
 root = "{data}"
 state = "{run}/state"
-disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs",
+disabled_plugins = [{cri_off}"io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs",
   "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs", "io.containerd.internal.v1.opt",
   "io.containerd.nri.v1.nri", "io.containerd.tracing.processor.v1.otlp", "io.containerd.internal.v1.tracing"]
 [grpc]
@@ -55,7 +59,12 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.snapshotter.v1.a
 # By default a removed snapshot stays for fifty times as long as the last collection took.
 [plugins."io.containerd.gc.v1.scheduler"]
   deletion_threshold = 1
-"#,
+{cri}"#,
+            cri_off = match settings.cri {
+                None => "\"io.containerd.grpc.v1.cri\", ",
+                Some(_) => "",
+            },
+            cri = settings.cri.as_deref().unwrap_or_default(),
             data = settings.data.display(),
             run = settings.run.display(),
         );
@@ -104,6 +113,11 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.snapshotter.v1.a
             .context("open containerd's log")?;
         let path = std::env::var("PATH").unwrap_or_default();
         let mut command = match &settings.before {
+            None if !settings.enter.is_empty() => {
+                let mut command = Command::new(&settings.enter[0]);
+                command.args(&settings.enter[1..]).arg("containerd");
+                command
+            }
             None => Command::new("containerd"),
             Some(text) => {
                 let mut command = Command::new("unshare");

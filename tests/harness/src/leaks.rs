@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::process;
+use crate::{network::Network, process};
 
 /// Folder of the shims' sockets.
 const SHIMS: &str = "/run/containerd/s";
@@ -22,8 +22,10 @@ pub struct Scope {
     pub namespace: String,
     /// Folders in which no new entry may stay, with the depth that is looked at.
     pub folders: Vec<(PathBuf, u32)>,
-    /// Processes that may not gain a memfd: containerd and the suite.
+    /// Processes that may not gain a memfd or a network namespace: containerd and the suite.
     pub holders: Vec<u32>,
+    /// A process of the suite's own network, and the words that lead there.
+    pub network: Option<(u32, Vec<String>)>,
 }
 
 /// What is on the host, one line a thing.
@@ -36,7 +38,7 @@ impl Snapshot {
         let mut seen = BTreeSet::new();
         for process in process::of_pods(&scope.mark) {
             if process.is_alive() {
-                let fds = process::memfds(process.pid);
+                let fds = process::special_fds(process.pid);
                 seen.insert(format!(
                     "process {} ({}): {}",
                     process.name, process.pid, process.line
@@ -48,19 +50,28 @@ impl Snapshot {
             }
         }
         for pid in &scope.holders {
-            let fds = process::memfds(*pid);
+            let fds = process::special_fds(*pid);
             seen.extend(fds.iter().map(|fd| format!("{fd} in process {pid}")));
         }
         let ours = |line: &&str| {
             line.contains(&scope.mark)
                 || (line.contains("bulkhead") && !line.contains("/bulkhead-"))
         };
-        for line in text("/proc/self/mountinfo").lines().filter(ours) {
+        // Mount tables and sockets are the namespace's.
+        let mut views = vec!["/proc/self".to_owned()];
+        if let Some((pid, enter)) = &scope.network {
+            views.push(format!("/proc/{pid}"));
+            seen.extend(Network::state(enter));
+        }
+        let all =
+            |file: &str| -> String { views.iter().map(|v| text(format!("{v}/{file}"))).collect() };
+        for line in all("mountinfo").lines().filter(ours) {
             // Mount ids are used again; point, type and source say which it is.
             let rest: Vec<&str> = line.split(' ').skip(3).collect();
             seen.insert(format!("mount {}", rest.join(" ")));
         }
-        for line in text("/proc/net/unix").lines() {
+        let sockets = all("net/unix");
+        for line in sockets.lines() {
             let Some(path) = line.split_whitespace().nth(7) else {
                 continue;
             };
@@ -95,10 +106,9 @@ impl Snapshot {
             files(folder, *depth, &mut seen);
         }
         // Shims of every containerd have their sockets here; what nobody listens on was left.
-        let listening = text("/proc/net/unix");
         for name in names(Path::new(SHIMS)) {
             let path = format!("{SHIMS}/{name}");
-            if !listening.contains(&path) {
+            if !sockets.contains(&path) {
                 seen.insert(format!("socket of a dead shim {path}"));
             }
         }
@@ -174,6 +184,7 @@ mod tests {
             namespace: "none-such".into(),
             folders: vec![(folder.clone(), 2)],
             holders: vec![],
+            network: None,
         };
         let before = Snapshot::take(&scope);
         let file = folder.join("left");

@@ -8,6 +8,7 @@ pub mod containerd;
 pub mod events;
 pub mod failure;
 pub mod leaks;
+pub mod network;
 pub mod pod;
 pub mod process;
 pub mod runner;

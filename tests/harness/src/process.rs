@@ -118,14 +118,14 @@ pub fn parent(pid: u32) -> Option<u32> {
         .ok()
 }
 
-/// Descriptors of the process that name a memfd.
-pub fn memfds(pid: u32) -> Vec<String> {
+/// Descriptors of the process that name a memfd or a network namespace.
+pub fn special_fds(pid: u32) -> Vec<String> {
     fs::read_dir(format!("/proc/{pid}/fd"))
         .into_iter()
         .flatten()
         .flatten()
         .filter_map(|entry| fs::read_link(entry.path()).ok())
         .map(|target| target.to_string_lossy().into_owned())
-        .filter(|target| target.starts_with("/memfd:"))
+        .filter(|target| target.starts_with("/memfd:") || target.starts_with("net:["))
         .collect()
 }

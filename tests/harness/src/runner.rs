@@ -20,8 +20,18 @@ pub struct Test {
     pub images: &'static [Image],
     /// Engines it applies to.
     pub engines: &'static [Engine],
+    /// It gets the suite with a network of its own.
+    pub networked: bool,
     /// The case.
     pub run: fn(&Suite) -> Outcome,
+}
+
+impl Test {
+    /// The same in the suite's own network.
+    pub const fn networked(mut self) -> Self {
+        self.networked = true;
+        self
+    }
 }
 
 /// Every engine.
@@ -37,6 +47,7 @@ macro_rules! test {
             name: stringify!($function),
             images: $images,
             engines: $engines,
+            networked: false,
             run: $function,
         }
     };
@@ -59,9 +70,16 @@ pub fn run(suite: &Suite, tests: &[&Test]) -> Tally {
     let mut failed = Vec::new();
     for (index, test) in tests.iter().enumerate() {
         let start = Instant::now();
+        let (suite, place) = match test.networked && test.engines.contains(&suite.engine) {
+            true => match suite.networked() {
+                Ok(networked) => (networked, Ok(())),
+                Err(failure) => (suite, Err(failure)),
+            },
+            false => (suite, Ok(())),
+        };
         let log = suite.log_mark();
         suite.forget_logs();
-        let end = one(suite, test);
+        let end = place.and_then(|()| one(suite, test));
         let word = match &end {
             Ok(()) => "ok",
             Err(Failure::Skipped(_)) => "skip",

@@ -16,6 +16,7 @@ use crate::{
     containerd::{Containerd, Settings, unmount_below},
     failure::{Context, Outcome, make_folder, read, skip, write},
     leaks::Scope,
+    network::Network,
     pod::Run,
     process,
     scale::Scale,
@@ -43,6 +44,10 @@ pub enum Image {
     Layers,
     /// Busybox and 50,000 small files.
     Files,
+    /// Busybox and servers and clients of the network.
+    Net,
+    /// Busybox that sleeps: holds a pod of CRI.
+    Pause,
 }
 
 impl Image {
@@ -53,6 +58,8 @@ impl Image {
             Self::Python => "python",
             Self::Layers => "layers",
             Self::Files => "files",
+            Self::Net => "net",
+            Self::Pause => "pause",
         }
     }
 
@@ -61,6 +68,9 @@ impl Image {
         format!("localhost/bulkhead/{}:latest", self.name())
     }
 }
+
+/// containerd's namespace of what comes through CRI.
+pub const CRI_NAMESPACE: &str = "k8s.io";
 
 /// How a suite is started.
 #[derive(Clone, Debug)]
@@ -94,29 +104,63 @@ pub struct Suite {
     rootfs: OnceCell<PathBuf>,
     probe: OnceCell<Result<String, String>>,
     saved: RefCell<String>,
+    network: Option<Network>,
+    networked: OnceCell<Result<Box<Suite>, String>>,
 }
 
 impl Suite {
     /// Starts containerd.
     pub fn start(options: Options) -> Outcome<Self> {
-        let id = format!("bulkhead-e2e-{}", std::process::id());
+        Self::begin(options, "", false)
+    }
+
+    /// A suite beside this one in a network of its own: its containerd, `ctr` and CNI's plugins live there.
+    pub fn networked(&self) -> Outcome<&Self> {
+        let made = self.networked.get_or_init(|| {
+            let options = Options {
+                engine: self.engine,
+                dist: self.dist.clone(),
+                images: self.images.clone(),
+                scale: self.scale.clone(),
+            };
+            let made = Self::begin(options, "-net", true).map(Box::new);
+            made.map_err(|error| error.to_string())
+        });
+        match made {
+            Ok(suite) => Ok(suite),
+            Err(lacks) => skip(format!("no network of the suite's own: {lacks}")),
+        }
+    }
+
+    fn begin(options: Options, kind: &str, networked: bool) -> Outcome<Self> {
+        let id = format!("bulkhead-e2e-{}{kind}", std::process::id());
+        let (run, data) = (Path::new("/run").join(&id), Path::new("/var/tmp").join(&id));
+        make_folder(&run)?;
+        make_folder(&data)?;
+        let network = match networked {
+            true => Some(Network::start(
+                &data.join("over"),
+                options.scale.seconds(60),
+            )?),
+            false => None,
+        };
         let suite = Self {
             engine: options.engine,
             scale: options.scale,
             dist: absolute(&options.dist)?,
             images: absolute(&options.images)?,
-            run: Path::new("/run").join(&id),
-            data: Path::new("/var/tmp").join(&id),
-            namespace: format!("e2e-{}", std::process::id()),
+            run,
+            data,
+            namespace: format!("e2e-{}{kind}", std::process::id()),
             containerd: RefCell::new(None),
             imported: RefCell::default(),
             counter: Cell::new(0),
             rootfs: OnceCell::new(),
             probe: OnceCell::new(),
             saved: RefCell::default(),
+            network,
+            networked: OnceCell::new(),
         };
-        make_folder(&suite.run)?;
-        make_folder(&suite.data)?;
         suite.configure("")?;
         let containerd = Containerd::start(suite.settings("main", None))?;
         *suite.containerd.borrow_mut() = Some(containerd);
@@ -124,7 +168,44 @@ impl Suite {
             .ctr(["namespaces", "create", &suite.namespace])
             .output()?
             .ok()?;
+        if let Some(network) = &suite.network {
+            suite.mount_tools(network)?;
+        }
         Ok(suite)
+    }
+
+    fn mount_tools(&self, network: &Network) -> Outcome {
+        self.import(Image::Net)?;
+        let folder = self.data.join("tools");
+        make_folder(&folder)?;
+        let mount = self.ctr(["image", "mount", "--rw", &Image::Net.reference()]);
+        mount.arg(&folder).output()?.ok()?;
+        let at = folder.to_string_lossy();
+        let script = "mount --bind /dev \"$1/dev\"; mount -t proc proc \"$1/proc\"";
+        let bind = network.host(&["sh", "-ec", script, "sh", &at]);
+        bind.output()?.ok()?;
+        network.set_tools(folder.clone());
+        Ok(())
+    }
+
+    /// The network of a [`networked`](Self::networked) suite.
+    pub fn network(&self) -> Outcome<&Network> {
+        self.network.as_ref().context("no network of its own")
+    }
+
+    fn enter(&self) -> Vec<String> {
+        self.network
+            .as_ref()
+            .map(Network::enter)
+            .unwrap_or_default()
+    }
+
+    /// A command where the suite's containerd lives.
+    pub fn command(&self, program: &str) -> Invocation {
+        match self.enter().split_first() {
+            Some((first, rest)) => Invocation::new(first).args(rest).arg(program),
+            None => Invocation::new(program),
+        }
     }
 
     fn settings(&self, name: &str, before: Option<String>) -> Settings {
@@ -134,8 +215,37 @@ impl Suite {
             dist: self.dist.clone(),
             config: self.config(),
             before,
+            enter: self.enter(),
+            cri: self.network.as_ref().map(|n| self.cri(n)),
             limit: self.scale.seconds(20),
         }
+    }
+
+    /// The CRI plugin: both runtimes by name, pods on the network's default list.
+    fn cri(&self, network: &Network) -> String {
+        let plugin = "plugins.\"io.containerd.grpc.v1.cri\"";
+        format!(
+            r#"[{plugin}]
+  sandbox_image = "{pause}"
+  stream_server_address = "127.0.0.1"
+  stream_server_port = "0"
+  disable_apparmor = true
+  restrict_oom_score_adj = true
+  netns_mounts_under_state_dir = true
+[{plugin}.containerd]
+  default_runtime_name = "suite"
+[{plugin}.containerd.runtimes.suite]
+  runtime_type = "{runtime}"
+[{plugin}.containerd.runtimes.runc]
+  runtime_type = "io.containerd.runc.v2"
+[{plugin}.cni]
+  bin_dir = "{plugins}"
+  conf_dir = "/etc/cni/net.d"
+"#,
+            pause = Image::Pause.reference(),
+            runtime = self.runtime(),
+            plugins = network.plugins().display(),
+        )
     }
 
     /// Starts a second containerd; `before` runs in its mount namespace first.
@@ -219,7 +329,7 @@ impl Suite {
         address: &Path,
         args: impl IntoIterator<Item = impl AsRef<OsStr>>,
     ) -> Invocation {
-        Invocation::new("ctr")
+        self.command("ctr")
             .arg("-a")
             .arg(address)
             .args(["-n", &self.namespace])
@@ -250,6 +360,13 @@ impl Suite {
         if self.imported.borrow().contains(&image) {
             return Ok(());
         }
+        self.import_into(image, &self.namespace)?;
+        self.imported.borrow_mut().insert(image);
+        Ok(())
+    }
+
+    /// Imports an image into a namespace of containerd's.
+    pub fn import_into(&self, image: Image, namespace: &str) -> Outcome {
         let name = match image {
             // Unpacking 50,000 files takes such a host ten minutes.
             Image::Files if !self.scale.pods_are_cheap() => "few-files",
@@ -259,12 +376,11 @@ impl Suite {
         if !tar.exists() {
             return skip(format!("no image {}", tar.display()));
         }
-        self.ctr(["image", "import"])
+        self.ctr(["-n", namespace, "image", "import"])
             .arg(&tar)
             .limit(self.scale.seconds(120))
             .output()?
             .ok()?;
-        self.imported.borrow_mut().insert(image);
         Ok(())
     }
 
@@ -276,10 +392,11 @@ impl Suite {
         let reference = image.reference();
         let mount = self.ctr(["image", "mount", &reference]).arg(&folder);
         mount.output()?.ok()?;
+        let unmount = self.command("umount").arg(&folder);
         let remove = self.ctr(["snapshot", "rm"]).arg(&folder);
         Ok(Mounted {
             folder,
-            remove: Some(remove),
+            remove: vec![unmount, remove],
         })
     }
 
@@ -296,7 +413,7 @@ impl Suite {
             .ok()?;
         Ok(Mounted {
             folder,
-            remove: None,
+            remove: Vec::new(),
         })
     }
 
@@ -307,7 +424,8 @@ impl Suite {
         }
         let mounted = self.mount(Image::Busybox)?;
         let folder = self.data.join("rootfs");
-        let copy = Invocation::new("cp")
+        let copy = self
+            .command("cp")
             .arg("-a")
             .arg(&mounted.folder)
             .arg(&folder);
@@ -340,7 +458,9 @@ impl Suite {
         let containerd = self.containerd.borrow();
         let snapshots = "main/io.containerd.snapshotter.v1.overlayfs/snapshots";
         let mut folders = vec![(self.state(), 2), (self.data.join(snapshots), 1)];
-        folders.extend(containerd.iter().map(|c| (c.bundles(&self.namespace), 2)));
+        for namespace in [&self.namespace, CRI_NAMESPACE] {
+            folders.extend(containerd.iter().map(|c| (c.bundles(namespace), 2)));
+        }
         Scope {
             mark: self.mark(),
             namespace: self.namespace.clone(),
@@ -350,6 +470,7 @@ impl Suite {
                 .map(Containerd::pid)
                 .chain([std::process::id()])
                 .collect(),
+            network: self.network.as_ref().map(|n| (n.pid(), n.enter())),
         }
     }
 
@@ -428,6 +549,9 @@ impl Drop for Suite {
     fn drop(&mut self) {
         self.clean();
         self.containerd.borrow_mut().take();
+        if let Some(network) = self.network.take() {
+            network.end();
+        }
         unmount_below(&self.run);
         unmount_below(&self.data);
         let _ = fs::remove_dir_all(&self.run);
@@ -464,15 +588,15 @@ impl Drop for Configured<'_> {
 pub struct Mounted {
     /// Where.
     pub folder: PathBuf,
-    remove: Option<Invocation>,
+    remove: Vec<Invocation>,
 }
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        unmount_below(&self.folder);
-        if let Some(remove) = self.remove.take() {
-            let _ = remove.output();
+        for command in self.remove.drain(..) {
+            let _ = command.output();
         }
+        unmount_below(&self.folder);
         let _ = fs::remove_dir(&self.folder);
     }
 }
