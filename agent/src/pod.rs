@@ -32,6 +32,7 @@ use crate::{
         namespaces, parse, process, rootfs,
     },
     error::{Context, Error, Result},
+    network::PodNetwork,
     reaper::Reaper,
     streams::Flags,
 };
@@ -49,6 +50,7 @@ struct Container {
 /// All containers of the pod.
 pub struct Pod {
     reaper: Arc<Reaper>,
+    network: Arc<PodNetwork>,
     /// `None` while a container is being made or deleted.
     containers: Mutex<HashMap<String, Option<Container>>>,
 }
@@ -62,6 +64,7 @@ impl Pod {
     pub fn new(reaper: Arc<Reaper>) -> Self {
         Self {
             reaper,
+            network: Arc::default(),
             containers: Mutex::default(),
         }
     }
@@ -69,6 +72,11 @@ impl Pod {
     /// The reaper.
     pub fn reaper(&self) -> Arc<Reaper> {
         Arc::clone(&self.reaper)
+    }
+
+    /// The network that its containers share.
+    pub fn network(&self) -> Arc<PodNetwork> {
+        Arc::clone(&self.network)
     }
 
     fn with<T>(&self, container: &str, act: impl FnOnce(&mut Container) -> Result<T>) -> Result<T> {
@@ -132,10 +140,11 @@ impl Pod {
     async fn make(
         self: &Arc<Self>,
         identity: Identity,
-        spec: Spec,
+        mut spec: Spec,
         rootfs: rootfs::Rootfs,
         flags: Flags,
     ) -> Result<(Container, u32)> {
+        let own_network = self.network.is_unused() && namespaces::own_network(&mut spec)?;
         let (joins, joined, ids) = self.open_joins(&spec)?;
         let linux = spec.linux().as_ref();
         let shared = Shared {
@@ -156,7 +165,15 @@ impl Pod {
             joins,
         };
         let folder = cgroup::open(cgroup.path())?;
-        let launched = process.launch(&self.reaper, &work, folder, &joined).await;
+        let mut launched = process.launch(&self.reaper, &work, folder, &joined).await;
+        if let (Ok(prepared), true) = (&launched, own_network)
+            && let Err(error) = self.network.adopt(prepared.pid)
+        {
+            let mut reaped = prepared.reaped.clone();
+            // Without its agent the process ends.
+            launched = Err(error);
+            let _ = reaped.wait_for(Option::is_some).await;
+        }
         match launched {
             Ok(prepared) => {
                 let pid = prepared.pid;
@@ -188,6 +205,11 @@ impl Pod {
         let mut ids = Ids::of(spec);
         let (mut kinds, mut files) = (Vec::new(), Vec::new());
         for join in namespaces::joins(spec)? {
+            if join.is_pod_network() {
+                files.push(self.network.join()?);
+                kinds.push(join.kind);
+                continue;
+            }
             if !self.is_init(join.pid) {
                 return Err(join.unknown());
             }

@@ -2,7 +2,7 @@
 
 use std::{
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     task::{Context as TaskContext, Poll},
     time::Duration,
 };
@@ -17,7 +17,7 @@ use bulkhead_protocol::{
         StatsResponse, UpdateRequest, WaitResponse, WatchPortsRequest, WatchPortsResponse,
     },
     agent_ttrpc::{self, Agent},
-    limits::{AGENT_PORT, READY_PORT, STREAM_HEADER_MAX, STREAM_PORT},
+    limits::{AGENT_PORT, FORWARD_PORT, READY_PORT, STREAM_HEADER_MAX, STREAM_PORT},
     stream::StreamHeader,
 };
 use futures_core::Stream;
@@ -28,6 +28,7 @@ use ttrpc::r#async::{Server, TtrpcContext, transport::Listener};
 use crate::{
     container::cgroup::Cgroup,
     error::Error,
+    network::{forward::Forwarder, ports::Watcher},
     pod::{Exit, Pod},
     power,
 };
@@ -42,9 +43,11 @@ pub async fn serve(pod: Arc<Pod>) -> anyhow::Result<()> {
             .with_context(|| format!("listen on vsock port {port}"))
     };
     let streams = HostOnly(listen(STREAM_PORT)?);
+    let forwards = HostOnly(listen(FORWARD_PORT)?);
     let calls = HostOnly(listen(AGENT_PORT)?);
     let service = Arc::new(Service {
         pod: Arc::clone(&pod),
+        ports: OnceLock::new(),
     });
     let mut server = Server::new()
         .add_listener(Listener::new(calls))
@@ -53,6 +56,13 @@ pub async fn serve(pod: Arc<Pod>) -> anyhow::Result<()> {
     say_ready()
         .await
         .with_context(|| format!("tell the host on vsock port {READY_PORT}"))?;
+    let forwarder = Arc::new(Forwarder::new(pod.network()));
+    tokio::spawn(async move {
+        while let Ok(connection) = forwards.accept().await {
+            let forwarder = Arc::clone(&forwarder);
+            tokio::spawn(async move { forwarder.serve(connection).await });
+        }
+    });
     loop {
         let connection = streams.accept().await.context("accept a stream")?;
         let pod = Arc::clone(&pod);
@@ -116,6 +126,7 @@ impl Stream for HostOnly {
 
 struct Service {
     pod: Arc<Pod>,
+    ports: OnceLock<Watcher>,
 }
 
 type Answer<T> = ttrpc::Result<T>;
@@ -244,16 +255,18 @@ impl Agent for Service {
         Ok(Empty::new())
     }
 
-    async fn set_network(&self, _: &TtrpcContext, _: SetNetworkRequest) -> Answer<Empty> {
-        answer(Err(Error::refused("SetNetwork")))
+    async fn set_network(&self, _: &TtrpcContext, request: SetNetworkRequest) -> Answer<Empty> {
+        answer(self.pod.network().set(&request))?;
+        Ok(Empty::new())
     }
 
     async fn watch_ports(
         &self,
         _: &TtrpcContext,
-        _: WatchPortsRequest,
+        request: WatchPortsRequest,
     ) -> Answer<WatchPortsResponse> {
-        answer(Err(Error::refused("WatchPorts")))
+        let watcher = self.ports.get_or_init(|| Watcher::new(self.pod.network()));
+        answer(watcher.watch(request.generation).await)
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> Answer<Empty> {

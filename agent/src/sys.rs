@@ -1,5 +1,7 @@
-//! System calls that no library wraps. The only file of the agent with `unsafe`.
+//! System calls that no library wraps. The only file of the agent with `unsafe`, beside `sys/bpf.rs`.
 //! Callers: boot, the container steps. Nothing here trusts its caller with memory: all arguments are owned or borrowed.
+
+pub mod bpf;
 
 use std::{
     ffi::CString,
@@ -24,10 +26,32 @@ pub enum Cloned {
 ///
 /// Only for a single-threaded caller: the child runs on a copy of its memory.
 pub fn clone_sibling(flags: u64, cgroup: BorrowedFd<'_>) -> io::Result<Cloned> {
+    clone3(
+        flags | libc::CLONE_PARENT as u64 | CLONE_INTO_CGROUP,
+        0,
+        cgroup.as_raw_fd() as u64,
+    )
+}
+
+/// Forks a child that does nothing, in a new user namespace; answers its pid. The caller ends it.
+///
+/// Only for a single-threaded caller, as [`clone_sibling`].
+pub fn clone_idle_in_user_namespace() -> io::Result<u32> {
+    match clone3(libc::CLONE_NEWUSER as u64, libc::SIGCHLD as u64, 0)? {
+        Cloned::Parent(pid) => Ok(pid),
+        Cloned::Child => loop {
+            // SAFETY: pause touches no memory. It returns only for a signal with a handler, of which there is none.
+            unsafe { libc::pause() };
+        },
+    }
+}
+
+fn clone3(flags: u64, exit_signal: u64, cgroup: u64) -> io::Result<Cloned> {
     // SAFETY: clone_args is plain data for which zero is valid.
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
-    args.flags = flags | libc::CLONE_PARENT as u64 | CLONE_INTO_CGROUP;
-    args.cgroup = cgroup.as_raw_fd() as u64;
+    args.flags = flags;
+    args.exit_signal = exit_signal;
+    args.cgroup = cgroup;
     // SAFETY: no CLONE_VM and no stack, so this is a fork; args outlives the call and its size is given.
     let pid = unsafe {
         libc::syscall(
@@ -39,32 +63,6 @@ pub fn clone_sibling(flags: u64, cgroup: BorrowedFd<'_>) -> io::Result<Cloned> {
     match pid {
         0 => Ok(Cloned::Child),
         pid if pid > 0 => Ok(Cloned::Parent(pid as u32)),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
-/// Forks a child that does nothing, in a new user namespace; answers its pid. The caller ends it.
-///
-/// Only for a single-threaded caller, as [`clone_sibling`].
-pub fn clone_idle_in_user_namespace() -> io::Result<u32> {
-    // SAFETY: clone_args is plain data for which zero is valid.
-    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
-    args.flags = libc::CLONE_NEWUSER as u64;
-    args.exit_signal = libc::SIGCHLD as u64;
-    // SAFETY: as in clone_sibling.
-    let pid = unsafe {
-        libc::syscall(
-            libc::SYS_clone3,
-            &raw mut args,
-            std::mem::size_of::<libc::clone_args>(),
-        )
-    };
-    match pid {
-        0 => loop {
-            // SAFETY: pause touches no memory. It returns only for a signal with a handler, of which there is none.
-            unsafe { libc::pause() };
-        },
-        pid if pid > 0 => Ok(pid as u32),
         _ => Err(io::Error::last_os_error()),
     }
 }
@@ -263,104 +261,6 @@ fn set_mount(
             flags,
             &raw const raw,
             std::mem::size_of::<Raw>(),
-        )
-    };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
-}
-
-/// One BPF instruction (`struct bpf_insn`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(C)]
-pub struct BpfInsn {
-    /// Operation.
-    pub code: u8,
-    /// Destination register in the low half, source register in the high half.
-    pub regs: u8,
-    /// Jump distance or memory offset.
-    pub off: i16,
-    /// Immediate value.
-    pub imm: i32,
-}
-
-/// Loads a `BPF_PROG_TYPE_CGROUP_DEVICE` program.
-pub fn bpf_load_device_program(program: &[BpfInsn]) -> io::Result<OwnedFd> {
-    #[repr(C)]
-    struct Load {
-        prog_type: u32,
-        insn_cnt: u32,
-        insns: u64,
-        license: u64,
-        log_level: u32,
-        log_size: u32,
-        log_buf: u64,
-        kern_version: u32,
-        prog_flags: u32,
-    }
-    const BPF_PROG_LOAD: libc::c_long = 5;
-    const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
-    let load = Load {
-        prog_type: BPF_PROG_TYPE_CGROUP_DEVICE,
-        insn_cnt: u32::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
-        insns: program.as_ptr() as u64,
-        license: c"Apache-2.0".as_ptr() as u64,
-        log_level: 0,
-        log_size: 0,
-        log_buf: 0,
-        kern_version: 0,
-        prog_flags: 0,
-    };
-    // SAFETY: load and what it points to live through the call; sizes are given.
-    let fd = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            BPF_PROG_LOAD,
-            &raw const load,
-            std::mem::size_of::<Load>(),
-        )
-    };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel has just returned this descriptor (close-on-exec by default); nobody else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
-}
-
-/// Attaches a device program to a cgroup, replacing `old` if there is one.
-pub fn bpf_attach_device_program(
-    cgroup: BorrowedFd<'_>,
-    program: BorrowedFd<'_>,
-    old: Option<BorrowedFd<'_>>,
-) -> io::Result<()> {
-    #[repr(C)]
-    struct Attach {
-        target_fd: u32,
-        attach_bpf_fd: u32,
-        attach_type: u32,
-        attach_flags: u32,
-        replace_bpf_fd: u32,
-    }
-    const BPF_PROG_ATTACH: libc::c_long = 8;
-    const BPF_CGROUP_DEVICE: u32 = 6;
-    const BPF_F_ALLOW_MULTI: u32 = 2;
-    const BPF_F_REPLACE: u32 = 4;
-    let attach = Attach {
-        target_fd: cgroup.as_raw_fd() as u32,
-        attach_bpf_fd: program.as_raw_fd() as u32,
-        attach_type: BPF_CGROUP_DEVICE,
-        attach_flags: BPF_F_ALLOW_MULTI | if old.is_some() { BPF_F_REPLACE } else { 0 },
-        replace_bpf_fd: old.map_or(0, |fd| fd.as_raw_fd() as u32),
-    };
-    // SAFETY: attach lives through the call and its size is given.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            BPF_PROG_ATTACH,
-            &raw const attach,
-            std::mem::size_of::<Attach>(),
         )
     };
     if result == 0 {

@@ -1,15 +1,19 @@
-//! The device program of a cgroup: `linux.resources.devices` as BPF (`BPF_PROG_TYPE_CGROUP_DEVICE`).
+//! The programs of cgroups. Most of it is `linux.resources.devices` as BPF (`BPF_PROG_TYPE_CGROUP_DEVICE`); at the end are those that tell
+//! of sockets (`BPF_PROG_TYPE_CGROUP_SOCK`).
 //!
 //! The rules are first folded into a default and its exceptions, as cgroup v1 understood them; then each exception
 //! becomes a few instructions. The program answers 1 to allow.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    os::fd::{AsRawFd, BorrowedFd},
+};
 
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
 
 use crate::{
     error::{Error, Result},
-    sys::BpfInsn,
+    sys::bpf::BpfInsn,
 };
 
 // linux/bpf.h: access bits and device types in bpf_cgroup_dev_ctx.access_type (type low half, access high half).
@@ -235,6 +239,45 @@ const fn jump_unless_equal(register: u8, value: u32) -> BpfInsn {
 
 const fn jump_if_zero(register: u8) -> BpfInsn {
     instruction(0x16, register, TO_END, 0)
+}
+
+/// `struct bpf_sock`: offsets of `protocol` and `state`.
+const SOCK_PROTOCOL: i16 = 12;
+const SOCK_STATE: i16 = 72;
+/// `BPF_TCP_LISTEN`
+const LISTEN: u32 = 10;
+
+/// Program of the bind hooks: writes to the ring when a TCP socket was bound.
+pub fn tell_bound(ring: BorrowedFd<'_>) -> Vec<BpfInsn> {
+    tell(ring, SOCK_PROTOCOL, libc::IPPROTO_TCP as u32)
+}
+
+/// Program of the release hook: writes to the ring when a listening socket is closed.
+pub fn tell_released(ring: BorrowedFd<'_>) -> Vec<BpfInsn> {
+    tell(ring, SOCK_STATE, LISTEN)
+}
+
+/// Writes a word to the ring if a field of the socket has this value; lets the call pass in any case.
+fn tell(ring: BorrowedFd<'_>, field: i16, value: u32) -> Vec<BpfInsn> {
+    const R10: u8 = 10;
+    const MAP: u8 = 1; // BPF_PSEUDO_MAP_FD
+    const RINGBUF_OUTPUT: u32 = 130;
+    let mut write = vec![
+        instruction(0x7a, R10, -8, 0), // *(u64 *)(r10 - 8) = 0
+        instruction(0x18, R1 | (MAP << 4), 0, ring.as_raw_fd() as u32), // r1 = the ring; two instructions
+        instruction(0, 0, 0, 0),
+        instruction(0xbf, R2 | (R10 << 4), 0, 0), // r2 = r10
+        instruction(0x07, R2, 0, -8i32 as u32),   // r2 -= 8
+        instruction(0xb7, R3, 0, 8),              // r3 = 8, the length
+        instruction(0xb7, R4, 0, 0),              // r4 = 0, the flags
+        instruction(0x85, 0, 0, RINGBUF_OUTPUT),
+    ];
+    let mut skip = jump_unless_equal(R2, value);
+    skip.off = write.len() as i16;
+    let mut program = vec![load(R2, field), skip];
+    program.append(&mut write);
+    program.extend([set(R0, 1), EXIT]);
+    program
 }
 
 #[cfg(test)]

@@ -15,7 +15,10 @@ use super::{bpf::Rules, ids::Ids, limits, namespaces};
 use crate::{
     boot::PODS,
     error::{Context, Error, Result},
-    sys,
+    sys::{
+        self,
+        bpf::{self, Hook},
+    },
 };
 
 /// A container's cgroup.
@@ -80,10 +83,11 @@ impl Cgroup {
             .and_then(|resources| resources.devices().as_ref())
             .unwrap_or(&none);
         let program = Rules::fold(rules)?.program();
-        let program = sys::bpf_load_device_program(&program)
+        let program = bpf::load(Hook::Device, &program)
             .step(|| "linux.resources.devices: load the device program".into())?;
         let folder = self.open()?;
-        sys::bpf_attach_device_program(
+        bpf::attach(
+            Hook::Device,
             folder.as_fd(),
             program.as_fd(),
             self.devices.as_ref().map(AsFd::as_fd),

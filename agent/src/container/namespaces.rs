@@ -2,7 +2,7 @@
 //! does not list is shared with the agent.
 //!
 //! A path is one of the guest's: `/proc/N/ns/KIND`, where N is the init of a container of this pod. The agent looks N up
-//! and opens the file; the copy joins what it was handed.
+//! and opens the file; the copy joins what it was handed. `/proc/1/ns/net` is the pod's network.
 
 use std::{
     fs::{self, File},
@@ -35,6 +35,11 @@ impl Join {
         File::open(&path)
             .map(OwnedFd::from)
             .step(|| format!("{}: open {path}", self.field))
+    }
+
+    /// Whether it is the pod's network.
+    pub fn is_pod_network(&self) -> bool {
+        self.kind == LinuxNamespaceType::Network && self.pid == 1
     }
 
     /// The error for a pid that is no container's init.
@@ -159,6 +164,23 @@ pub fn is_joined(spec: &Spec, kind: LinuxNamespaceType) -> bool {
     list(spec)
         .iter()
         .any(|namespace| namespace.typ() == kind && path(namespace).is_some())
+}
+
+/// If the spec joins the pod's network and has a new user namespace, lets it ask for a new network, to be made the pod's: one that
+/// belongs to the user namespace. Answers whether it did.
+pub fn own_network(spec: &mut Spec) -> Result<bool> {
+    let pod = joins(spec)?.iter().any(Join::is_pod_network);
+    if !pod || !is_new(spec, LinuxNamespaceType::User) {
+        return Ok(false);
+    }
+    let linux = spec.linux_mut().as_mut();
+    let list = linux.and_then(|linux| linux.namespaces_mut().as_mut());
+    for namespace in list.into_iter().flatten() {
+        if namespace.typ() == LinuxNamespaceType::Network {
+            namespace.set_path(None);
+        }
+    }
+    Ok(true)
 }
 
 /// Flags for the clone. A new cgroup namespace is not among them: its root is the cgroup of who makes it, so the init makes
@@ -345,6 +367,26 @@ mod tests {
         assert_eq!(joins.len(), 2);
         assert_eq!(joins.last().unwrap().kind, LinuxNamespaceType::User);
         assert_eq!(joins.last().unwrap().pid, 5);
+    }
+
+    #[test]
+    fn the_pods_network_belongs_to_the_user_namespace_that_comes_with_it() {
+        let spec = |user: &str| -> Spec {
+            serde_json::from_str(&format!(
+                r#"{{"ociVersion":"1.0.2","linux":{{"namespaces":[{{"type":"mount"}},
+                {{"type":"network","path":"/proc/1/ns/net"}}{user}]}}}}"#
+            ))
+            .unwrap()
+        };
+        let mut plain = spec("");
+        assert!(joins(&plain).unwrap()[0].is_pod_network());
+        assert!(!own_network(&mut plain).unwrap());
+        assert!(!is_new(&plain, LinuxNamespaceType::Network));
+        let mut user = spec(r#",{"type":"user"}"#);
+        assert!(own_network(&mut user).unwrap());
+        assert!(is_new(&user, LinuxNamespaceType::Network));
+        let mut joined = spec(r#",{"type":"user","path":"/proc/5/ns/user"}"#);
+        assert!(!own_network(&mut joined).unwrap());
     }
 
     #[test]
