@@ -2,9 +2,10 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Address, Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::chain::{Chain, ChainError};
@@ -61,6 +62,8 @@ pub struct VirtQueue {
     kick: EventFd,
     interrupt: Arc<dyn Interrupt>,
     in_flight: Box<[bool]>,
+    /// The used index when the guest was last called, or did not want to be.
+    notified: u16,
 }
 
 impl VirtQueue {
@@ -75,6 +78,7 @@ impl VirtQueue {
         let in_flight = vec![false; usize::from(queue.size())].into_boxed_slice();
         Self {
             index,
+            notified: queue.next_used(),
             queue,
             memory,
             kick,
@@ -145,6 +149,32 @@ impl VirtQueue {
             .map_err(|source| QueueError::Ring { index, source })
     }
 
+    /// Gives several chains back in their order, and the driver sees all or none: buffers that hold one frame.
+    pub fn push_all(&mut self, mut chains: Vec<(Chain, u32)>) -> Result<(), QueueError> {
+        let index = self.index;
+        let Some((last, last_written)) = chains.pop() else {
+            return Ok(());
+        };
+        let mut next = self.queue.next_used();
+        for (chain, written) in chains {
+            if let Some(busy) = self.in_flight.get_mut(usize::from(chain.head())) {
+                *busy = false;
+            }
+            let slot = u64::from(next.checked_rem(self.queue.size()).unwrap_or(0));
+            let at = GuestAddress(self.queue.used_ring()).checked_add(4 + 8 * slot);
+            let element = [u32::from(chain.head()).to_le(), written.to_le()];
+            at.ok_or(virtio_queue::Error::AddressOverflow)
+                .and_then(|at| {
+                    let written = self.memory.write_obj(element, at);
+                    written.map_err(virtio_queue::Error::GuestMemory)
+                })
+                .map_err(|source| QueueError::Ring { index, source })?;
+            next = next.wrapping_add(1);
+        }
+        self.queue.set_next_used(next);
+        self.finish(last.head(), last_written)
+    }
+
     /// Undoes the last [`Self::pop`]: the chain will be popped again. Only right when nothing was popped since.
     pub fn unpop(&mut self, chain: Chain) {
         if let Some(busy) = self.in_flight.get_mut(usize::from(chain.head())) {
@@ -156,14 +186,28 @@ impl VirtQueue {
 
     /// Calls the guest if it wants to hear of what was pushed (section 2.7.7). Once a batch.
     pub fn notify(&mut self) -> Result<(), QueueError> {
-        let index = self.index;
-        if self
-            .queue
-            .needs_notification(&*self.memory)
-            .map_err(|source| QueueError::Ring { index, source })?
-        {
-            self.interrupt.queue_used(index);
+        // What was pushed is seen before the guest's wish is read.
+        fence(Ordering::SeqCst);
+        let new = self.queue.next_used();
+        let pushed = new.wrapping_sub(std::mem::replace(&mut self.notified, new));
+        if self.queue.event_idx_enabled() {
+            // The wish stands behind the available ring (section 2.7.10): call for the element with that index.
+            let ring = GuestAddress(self.queue.avail_ring());
+            let at = ring.checked_add(4 + 2 * u64::from(self.queue.size()));
+            let index = self.index;
+            let wish: u16 = at
+                .ok_or(virtio_queue::Error::AddressOverflow)
+                .and_then(|at| {
+                    let read = self.memory.read_obj(at);
+                    read.map_err(virtio_queue::Error::GuestMemory)
+                })
+                .map_err(|source| QueueError::Ring { index, source })?;
+            let since = new.wrapping_sub(u16::from_le(wish)).wrapping_sub(1);
+            if since >= pushed {
+                return Ok(());
+            }
         }
+        self.interrupt.queue_used(self.index);
         Ok(())
     }
 
@@ -204,6 +248,7 @@ impl VirtQueue {
             .map_err(|source| QueueError::Ring { index, source })?;
         self.queue.set_next_avail(next_available);
         self.queue.set_next_used(used.0);
+        self.notified = used.0;
         Ok(())
     }
 
@@ -216,8 +261,6 @@ impl VirtQueue {
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
-
-    use vm_memory::{Bytes, GuestAddress};
 
     use super::super::testing::*;
     use super::*;
@@ -265,6 +308,54 @@ mod tests {
         assert_eq!(driver.used(), None);
         assert_eq!(interrupt.used.load(Ordering::SeqCst), 1);
         assert!(device.pop().unwrap().is_none());
+    }
+
+    #[test]
+    fn chains_pushed_together_appear_together_and_in_order() {
+        let (memory, mut driver, mut device, interrupt) = queue();
+        // From an index where the ring wraps.
+        for round in 0..14 {
+            driver.offer_chain(0, &[(0x20_0000, 1, true)]);
+            let chain = device.pop().unwrap().unwrap();
+            device.push(chain, round).unwrap();
+            assert_eq!(driver.used(), Some((0, round)));
+        }
+        for head in [5, 9, 2] {
+            driver.offer_chain(head, &[(0x20_0000, 8, true)]);
+        }
+        let chains: Vec<_> = (1..4)
+            .map(|n| (device.pop().unwrap().unwrap(), n))
+            .collect();
+        device.push_all(chains).unwrap();
+        let index: u16 = memory.read_obj(GuestAddress(0x1c002)).unwrap();
+        assert_eq!(index, 17);
+        let used: Vec<_> = std::iter::from_fn(|| driver.used()).collect();
+        assert_eq!(used, [(5, 1), (9, 2), (2, 3)]);
+        device.push_all(Vec::new()).unwrap();
+        assert_eq!(driver.used(), None);
+        device.notify().unwrap();
+        assert_eq!(interrupt.used.load(Ordering::SeqCst), 1);
+        driver.offer(5);
+        assert_eq!(device.pop().unwrap().unwrap().head(), 5);
+    }
+
+    #[test]
+    fn with_event_idx_the_guest_is_called_once_for_the_element_that_it_names() {
+        let (memory, mut driver, mut device, interrupt) = queue();
+        device.queue.set_event_idx(true);
+        let used_event = GuestAddress(0x18000 + 4 + 2 * 16);
+        for (wish, pushes, calls) in [(0u16, 1, 1), (0, 1, 0), (3, 1, 0), (3, 3, 1), (100, 4, 0)] {
+            memory.write_obj(wish, used_event).unwrap();
+            interrupt.used.store(0, Ordering::SeqCst);
+            for _ in 0..pushes {
+                driver.offer_chain(0, &[(0x20_0000, 1, true)]);
+                let chain = device.pop().unwrap().unwrap();
+                device.push_all(vec![(chain, 0)]).unwrap();
+            }
+            device.notify().unwrap();
+            device.notify().unwrap();
+            assert_eq!(interrupt.used.load(Ordering::SeqCst), calls, "{wish}");
+        }
     }
 
     /// Each case is a chain that must come back with length 0 while the queue goes on.

@@ -219,6 +219,7 @@ impl Pair {
             field.copy_from_slice(&count.to_le_bytes());
         }
         let mut rest = self.frame.get(..len).unwrap_or_default();
+        let mut filled = Vec::with_capacity(chains.len());
         for chain in chains {
             let (part, after) = rest.split_at(rest.len().min(chain.writable_len()));
             rest = after;
@@ -226,8 +227,9 @@ impl Pair {
             if chain.writer(queue.memory()).write_all(part).is_err() {
                 tracing::warn!("cannot write a frame into guest memory");
             }
-            queue.push(chain, part.len() as u32)?;
+            filled.push((chain, part.len() as u32));
         }
+        queue.push_all(filled)?;
         Ok(true)
     }
 
