@@ -130,7 +130,7 @@ impl Running {
 
     /// One thread is enough to give back what nobody looks at.
     fn start_empty(&mut self, id: &str) -> Result<(), NetError> {
-        let rings: Vec<SharedRings> = self.rings.iter().flatten().cloned().collect();
+        let mut rings: Vec<SharedRings> = self.rings.iter().flatten().cloned().collect();
         let kicks = rings
             .iter()
             .map(|rings| lock(rings).transmit.kick().try_clone());
@@ -141,11 +141,8 @@ impl Running {
         })?;
         let serve = move || {
             // A pair whose ring is broken holds up no other.
-            rings
-                .iter()
-                .filter(|rings| going(discard(&mut lock(rings).transmit)))
-                .count()
-                > 0
+            rings.retain(|rings| going(discard(&mut lock(rings).transmit)));
+            !rings.is_empty()
         };
         self.workers.push(Worker::start(id, kicks, serve)?);
         Ok(())

@@ -1,7 +1,9 @@
 //! The device on a real tap.
 
+mod hostile;
 mod rig;
 mod slots;
+mod vhost;
 
 use std::net::UdpSocket;
 use std::time::{Duration, Instant};
@@ -10,6 +12,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use self::rig::*;
 use super::*;
+use crate::limits;
 use crate::virtio::testing::{CountingInterrupt, DriverQueue, memory};
 use crate::virtio::{Activation, VirtioDevice};
 

@@ -108,7 +108,12 @@ pub fn attachment(taps: Vec<OwnedFd>, rate: Rate) -> Attachment {
 impl Rig {
     /// A running device of an empty slot.
     pub fn empty(features: u64) -> Self {
-        let slot = Slot::new("n0", BOOT, 1, true);
+        Self::named("n0", features)
+    }
+
+    /// The same; the threads have the slot's name.
+    pub fn named(id: &str, features: u64) -> Self {
+        let slot = Slot::new(id, BOOT, 1, true);
         let mut device = Net::new(slot.clone());
         let memory = memory();
         let interrupt = CountingInterrupt::new();
