@@ -447,6 +447,12 @@ impl Suite {
         kept.as_deref().map_err(|error| error.as_str().into())
     }
 
+    /// containerd's process.
+    pub fn containerd_pid(&self) -> Outcome<u32> {
+        let containerd = self.containerd.borrow();
+        Ok(containerd.as_ref().context("no containerd")?.pid())
+    }
+
     /// Restarts containerd.
     pub fn restart_containerd(&self) -> Outcome {
         let mut containerd = self.containerd.borrow_mut();

@@ -1,0 +1,105 @@
+//! `bulkhead-bench`: Bulkhead beside its peers, in one run and through one containerd; writes JSON, Markdown and one HTML page.
+//!
+//! What is compared takes turns, round by round, and figures are told as ratios of the same round; runc stands twice in
+//! each, so that the noise of the host is seen. Nothing here passes or fails.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use bulkhead_harness::{Engine, Scale, Suite, suite::Options};
+use clap::{Parser, ValueEnum};
+
+mod accounting;
+mod figure;
+mod host;
+mod memory;
+mod plot;
+mod report;
+mod start;
+mod stats;
+mod subject;
+mod workload;
+
+#[derive(Parser)]
+#[command(version, about)]
+struct Args {
+    /// Bulkhead's engine.
+    #[arg(long, value_enum, default_value = "emulated")]
+    engine: EngineName,
+    /// Folder with the product's programs, kernel and initramfs.
+    #[arg(long, default_value = "target/bulkhead")]
+    dist: PathBuf,
+    /// Folder with the images' tar files.
+    #[arg(long)]
+    images: PathBuf,
+    /// Folder for results.json, results.md and report.html.
+    #[arg(long, default_value = "target/bench")]
+    out: PathBuf,
+    /// Rounds of the cheapest figures; the others take a part of them.
+    #[arg(long)]
+    rounds: Option<u32>,
+    /// Figures whose id contains this.
+    #[arg(long, default_value = "")]
+    filter: String,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum EngineName {
+    Kvm,
+    Emulated,
+}
+
+/// How much is measured.
+pub struct Plan {
+    /// Rounds of the cheapest figures.
+    pub rounds: u32,
+    /// Pods at once.
+    pub bursts: &'static [u32],
+    filter: String,
+}
+
+impl Plan {
+    /// Whether a figure was asked for.
+    pub fn wants(&self, id: &str) -> bool {
+        id.contains(&self.filter)
+    }
+}
+
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bulkhead-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> anyhow::Result<()> {
+    let engine = match args.engine {
+        EngineName::Kvm => Engine::Kvm,
+        EngineName::Emulated => Engine::Emulated,
+    };
+    let scale = Scale::detect(false);
+    let (rounds, bursts): (u32, &[u32]) = match scale.pods_are_cheap() {
+        true => (15, &[2, 5, 10]),
+        false => (5, &[2]),
+    };
+    let plan = Plan {
+        rounds: args.rounds.unwrap_or(rounds),
+        bursts,
+        filter: args.filter.clone(),
+    };
+    let host = host::look(&args.dist, engine)?;
+    let suite = Suite::start(Options {
+        engine,
+        dist: args.dist.clone(),
+        images: args.images.clone(),
+        scale,
+    })?;
+    let mut figures = start::figures(&suite, &plan)?;
+    figures.extend(memory::figures(&suite, &plan)?);
+    figures.extend(workload::figures(&suite, &plan)?);
+    drop(suite);
+    report::write(&args.out, &host, &figures)?;
+    Ok(())
+}

@@ -1,0 +1,154 @@
+//! The report: `results.json`, `results.md`, and `report.html`, which needs no other file.
+
+use std::{fmt::Write, fs, path::Path};
+
+use anyhow::Context;
+use serde_json::json;
+
+use crate::{
+    figure::{Figure, Row},
+    host::Host,
+    plot,
+    stats::Spread,
+};
+
+const STYLE: &str = "body{font:15px/1.5 sans-serif;max-width:64em;margin:2em auto;padding:0 1em;color:#222}\
+    table{border-collapse:collapse;margin:.5em 0 1em}td,th{padding:.2em .8em;border-bottom:1px solid #ddd;text-align:right}\
+    td:first-child,th:first-child{text-align:left}svg{max-width:100%;height:auto}h2{margin-top:2em}.missing{color:#a33}";
+
+/// Writes the three files and says where they are.
+pub fn write(folder: &Path, host: &Host, figures: &[Figure]) -> anyhow::Result<()> {
+    fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
+    let results = json!({
+        "host": host.iter().cloned().collect::<std::collections::BTreeMap<_, _>>(),
+        "figures": figures,
+    });
+    let files = [
+        ("results.json", serde_json::to_string_pretty(&results)?),
+        ("results.md", markdown(host, figures)),
+        ("report.html", html(host, figures)?),
+    ];
+    for (name, text) in files {
+        let file = folder.join(name);
+        fs::write(&file, text).with_context(|| format!("write {}", file.display()))?;
+        println!("{}", file.display());
+    }
+    Ok(())
+}
+
+fn markdown(host: &Host, figures: &[Figure]) -> String {
+    let mut text = String::from("# Benchmark\n\n| | |\n|---|---|\n");
+    for (name, value) in host {
+        let _ = writeln!(text, "| {name} | {value} |");
+    }
+    for figure in figures {
+        let _ = write!(
+            text,
+            "\n## {}: {}\n\n{}, {} is better; median (quartiles)\n\n| | {} | × runc |\n|---|---:|---:|\n",
+            figure.id,
+            figure.title,
+            figure.unit,
+            better(figure),
+            figure.unit
+        );
+        for row in &figure.rows {
+            let [name, value, ratio] = cells(row);
+            let _ = writeln!(text, "| {name} | {value} | {ratio} |");
+        }
+        for line in &figure.missing {
+            let _ = writeln!(text, "\nNot measured: {line}");
+        }
+    }
+    text
+}
+
+fn html(host: &Host, figures: &[Figure]) -> anyhow::Result<String> {
+    let mut text = format!(
+        "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><title>Bulkhead: benchmark</title><style>{STYLE}</style>\
+         <h1>Bulkhead: benchmark</h1><table>"
+    );
+    for (name, value) in host {
+        let _ = write!(text, "<tr><td>{name}</td><td>{}</td></tr>", escape(value));
+    }
+    text.push_str("</table><p>Bars are medians, lines reach from the first to the third quartile, dots are runs. Subjects took turns.</p>");
+    for figure in figures {
+        let _ = write!(
+            text,
+            "<h2>{}</h2><p>{}; {}, {} is better</p>{}<table><tr><th></th><th>{}</th><th>× runc</th></tr>",
+            escape(&figure.id),
+            escape(&figure.title),
+            figure.unit,
+            better(figure),
+            plot::svg(figure)?,
+            figure.unit
+        );
+        for row in &figure.rows {
+            let cells = cells(row).map(|cell| format!("<td>{}</td>", escape(&cell)));
+            let _ = write!(text, "<tr>{}</tr>", cells.concat());
+        }
+        text.push_str("</table>");
+        for line in &figure.missing {
+            let _ = write!(
+                text,
+                "<p class=\"missing\">Not measured: {}</p>",
+                escape(line)
+            );
+        }
+    }
+    text.push_str("</html>\n");
+    Ok(text)
+}
+
+fn better(figure: &Figure) -> &'static str {
+    if figure.more_is_better {
+        "more"
+    } else {
+        "less"
+    }
+}
+
+fn cells(row: &Row) -> [String; 3] {
+    [
+        row.name.clone(),
+        row.spread.map_or("none".into(), number),
+        row.to_runc
+            .map_or(String::new(), |spread| format!("{:.2}", spread.median)),
+    ]
+}
+
+fn number(spread: Spread) -> String {
+    let digits = if spread.median < 10.0 { 2 } else { 0 };
+    if spread.q1 == spread.q3 {
+        return format!("{:.digits$}", spread.median);
+    }
+    format!(
+        "{:.digits$} ({:.digits$} to {:.digits$})",
+        spread.median, spread.q1, spread.q3
+    )
+}
+
+fn escape(text: &str) -> String {
+    text.replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_not_measured_is_said_and_no_text_becomes_markup() {
+        let mut figure = Figure::new("start::one", "a <b> c", "ms");
+        figure.add("runc", vec![10.0, 20.0, 30.0]);
+        figure.add("other", vec![5.0, 10.0, 15.0]);
+        figure.missing.push("crun: <none>".into());
+        let host = vec![("CPU", "2 < 3".to_owned())];
+        let page = html(&host, std::slice::from_ref(&figure)).unwrap();
+        assert!(page.contains("a &lt;b&gt; c") && page.contains("crun: &lt;none&gt;"));
+        assert!(page.contains("<svg"));
+        let table = markdown(&host, &[figure]);
+        assert!(table.contains("| other | 10 (8 to 12) | 0.50 |"), "{table}");
+        assert!(table.contains("Not measured: crun"));
+    }
+}
