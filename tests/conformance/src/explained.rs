@@ -123,8 +123,8 @@ const TABLE: &[Explained] = &[
     words(&["inode64"], &["mounts", "at", "*", "own"], KERNEL),
     words(
         &["noatime", "relatime"],
-        &["mounts", "at", "/", "options"],
-        "how the host keeps times of access is the host's own; the rootfs is a mount of the machine",
+        &["mounts", "at", "*", "options"],
+        "a bind takes over how the host keeps times of access; in the machine the files lie on another mount",
     ),
     entry(&["mounts", "at", "/tmp", "own"], TMPFS_MODE),
     within("parent_after", &["mounts", "at", "/a", "own"], TMPFS_MODE),
@@ -182,6 +182,11 @@ const TABLE: &[Explained] = &[
             "cgroup v1 forgets the default rule to make nodes when a device is denied",
         )
     },
+    within(
+        "devices::allow_all",
+        &["access", "c 1:1"],
+        "the guest has no /dev/mem to open; the host's refuses by itself",
+    ),
     within(
         "exec_sees",
         &["identity", "umask"],

@@ -49,7 +49,8 @@ pub fn all() -> Vec<Case> {
         case("mounts::tmpfs_without_options", tmpfs("/m", &[])).sees(look),
         case("mounts::tmpfs_over_a_folder_keeps_its_mode", tmpfs("/tmp", &[])).sees("mounts /tmp"),
         case("mounts::tmpfs_readonly", tmpfs("/m", &["ro"])).sees(look).both(json!({ "paths": { "/m": { "write": "EROFS" } } })),
-        case("mounts::tmpfs_noexec", mounts(json!([{ "type": "tmpfs", "source": "tmpfs", "destination": "/m", "options": ["noexec", "nodev", "nosuid", "noatime"] }]))).sees(look),
+        case("mounts::tmpfs_noexec", mounts(json!([{ "type": "tmpfs", "source": "tmpfs", "destination": "/m", "options": ["noexec", "nodev", "nosuid", "noatime"] }]))).sees(look)
+            .both(at("/m", json!({ "options": ["noatime", "nodev", "noexec", "nosuid", "rw"] }))),
         case("mounts::tmpfs_with_copy_up", tmpfs("/etc", &["tmpcopyup"])).sees("mounts /etc /etc/passwd")
             .both(json!({ "paths": { "/etc": { "names": ["passwd"] } } })),
         case("mounts::tmpfs_with_a_bad_option", tmpfs("/m", &["sizes=1m"])).sees(look).refused(&["mounts"]),
@@ -67,8 +68,10 @@ pub fn all() -> Vec<Case> {
             .both(json!({ "paths": { "/m": { "write": "EROFS" }, "/m/file": { "write": "EROFS" } } })),
         case("mounts::bind_recursively_readonly", bind("$DIR/volume", "/m", &["rbind", "rro"])).with(VOLUME).sees("mounts /m")
             .both(json!({ "paths": { "/m": { "write": "EROFS" } } })),
-        case("mounts::bind_with_flags", bind("$DIR/volume", "/m", &["bind", "nosuid", "nodev", "noexec", "noatime", "nodiratime"])).with(VOLUME).sees(look),
-        case("mounts::bind_with_recursive_flags", bind("$DIR/volume", "/m", &["rbind", "rnosuid", "rnodev", "rnoexec", "rnoatime"])).with(VOLUME).sees(look),
+        case("mounts::bind_with_flags", bind("$DIR/volume", "/m", &["bind", "nosuid", "nodev", "noexec", "noatime", "nodiratime"])).with(VOLUME).sees(look)
+            .both(at("/m", json!({ "options": ["noatime", "nodev", "nodiratime", "noexec", "nosuid", "rw"] }))),
+        case("mounts::bind_with_recursive_flags", bind("$DIR/volume", "/m", &["rbind", "rnosuid", "rnodev", "rnoexec", "rnoatime"])).with(VOLUME).sees(look)
+            .both(at("/m", json!({ "options": ["noatime", "nodev", "noexec", "nosuid", "rw"] }))),
         case("mounts::bind_by_option_alone", mounts(json!([{ "source": "$DIR/volume", "destination": "/m", "options": ["rbind"] }]))).with(VOLUME).sees(look),
         case("mounts::bind_with_type_none", mounts(json!([{ "type": "none", "source": "$DIR/volume", "destination": "/m", "options": ["rbind"] }]))).with(VOLUME).sees(look),
         case("mounts::bind_with_type_bind_alone", mounts(json!([{ "type": "bind", "source": "$DIR/volume", "destination": "/m" }]))).with(VOLUME).sees(look)
