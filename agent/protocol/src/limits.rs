@@ -33,7 +33,7 @@ pub const STREAM_HEADER_MAX: usize = 1024;
 /// Longest container or exec id, in bytes.
 pub const ID_MAX: usize = 128;
 /// Largest `config.json` accepted, in bytes (a ttrpc message holds 4 MiB).
-pub const SPEC_MAX: usize = 2 * 1024 * 1024;
+pub const SPEC_MAX: usize = 3 * 1024 * 1024;
 /// Largest number of containers in a pod.
 pub const CONTAINERS_MAX: usize = 256;
 /// Largest number of execs of one container that are not deleted yet.

@@ -5,19 +5,22 @@
 
 use std::{path::PathBuf, process::ExitCode};
 
-use bulkhead_harness::{Engine, Scale, Suite, suite::Options};
+use bulkhead_harness::{Engine, Failure, Scale, Suite, suite::Options};
 use clap::{Parser, ValueEnum};
 
 mod accounting;
 mod figure;
 mod host;
 mod memory;
+mod network;
 mod plot;
 mod report;
 mod start;
 mod stats;
 mod subject;
 mod workload;
+
+use figure::Figure;
 
 #[derive(Parser)]
 #[command(version, about)]
@@ -99,6 +102,15 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let mut figures = start::figures(&suite, &plan)?;
     figures.extend(memory::figures(&suite, &plan)?);
     figures.extend(workload::figures(&suite, &plan)?);
+    match network::figures(&suite, &plan) {
+        Ok(more) => figures.extend(more),
+        Err(Failure::Skipped(lacks)) => {
+            let mut none = Figure::new("network", "throughput, requests and latency", "");
+            none.missing.push(lacks);
+            figures.push(none);
+        }
+        Err(error) => return Err(error.into()),
+    }
     drop(suite);
     report::write(&args.out, &host, &figures)?;
     Ok(())

@@ -54,6 +54,14 @@ impl Subject {
         }
     }
 
+    /// Bulkhead on KVM where vhost-net is hidden from it.
+    pub fn without_vhost() -> Self {
+        Self {
+            name: "bulkhead, kvm, without vhost-net",
+            ..BULKHEAD_KVM
+        }
+    }
+
     /// runc twice, Bulkhead, and the other peers.
     pub fn all(engine: Engine) -> [Self; 4] {
         [RUNC, RUNC_AGAIN, Self::bulkhead(engine), CRUN]
