@@ -7,8 +7,8 @@ use crate::virtio::testing::write_descriptor;
 fn frames_of_the_guest() -> u64 {
     let table = std::fs::read_to_string("/proc/thread-self/net/dev").unwrap();
     let line = table.lines().find(|line| line.trim().starts_with("tap0:"));
-    let fields = line.unwrap().split_whitespace();
-    fields.skip(2).next().unwrap().parse().unwrap()
+    let mut fields = line.unwrap().split_whitespace();
+    fields.nth(2).unwrap().parse().unwrap()
 }
 
 /// Clock ticks (10 ms) that the threads of slot `id` work within half a second in which nobody wakes them.
