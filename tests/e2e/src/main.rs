@@ -11,6 +11,7 @@ use clap::{Parser, ValueEnum};
 
 mod bad_input;
 mod crashes;
+mod cri;
 mod exec;
 mod files;
 mod host;
@@ -112,6 +113,7 @@ fn all() -> Vec<Test> {
         pods::TESTS,
         bad_input::TESTS,
         crashes::TESTS,
+        cri::TESTS,
     ]
     .concat();
     all.extend(network::tests());

@@ -8,7 +8,7 @@ use std::{
 use crate::{
     failure::{Failure, Outcome},
     leaks::Snapshot,
-    suite::{Engine, Image, Suite},
+    suite::{CRI_NAMESPACE, Engine, Image, Suite},
 };
 
 /// A case.
@@ -20,16 +20,33 @@ pub struct Test {
     pub images: &'static [Image],
     /// Engines it applies to.
     pub engines: &'static [Engine],
-    /// It gets the suite with a network of its own.
-    pub networked: bool,
+    /// Which suite it gets.
+    pub place: Place,
     /// The case.
     pub run: fn(&Suite) -> Outcome,
+}
+
+/// Where a case's containerd lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// In the machine's network.
+    Machine,
+    /// In a network of the suite's own.
+    Network,
+    /// There, and the images are CRI's.
+    Cri,
 }
 
 impl Test {
     /// The same in the suite's own network.
     pub const fn networked(mut self) -> Self {
-        self.networked = true;
+        self.place = Place::Network;
+        self
+    }
+
+    /// The same through CRI, in the suite's own network.
+    pub const fn cri(mut self) -> Self {
+        self.place = Place::Cri;
         self
     }
 }
@@ -47,7 +64,7 @@ macro_rules! test {
             name: stringify!($function),
             images: $images,
             engines: $engines,
-            networked: false,
+            place: $crate::runner::Place::Machine,
             run: $function,
         }
     };
@@ -70,7 +87,8 @@ pub fn run(suite: &Suite, tests: &[&Test]) -> Tally {
     let mut failed = Vec::new();
     for (index, test) in tests.iter().enumerate() {
         let start = Instant::now();
-        let (suite, place) = match test.networked && test.engines.contains(&suite.engine) {
+        let applies = test.engines.contains(&suite.engine);
+        let (suite, place) = match applies && test.place != Place::Machine {
             true => match suite.networked() {
                 Ok(networked) => (networked, Ok(())),
                 Err(failure) => (suite, Err(failure)),
@@ -120,7 +138,10 @@ fn one(suite: &Suite, test: &Test) -> Outcome {
         )));
     }
     for image in test.images {
-        suite.import(*image)?;
+        match test.place {
+            Place::Cri => suite.import_into(*image, CRI_NAMESPACE)?,
+            _ => suite.import(*image)?,
+        }
     }
     let scope = suite.scope();
     let before = Snapshot::take(&scope);

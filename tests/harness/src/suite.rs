@@ -99,7 +99,7 @@ pub struct Suite {
     data: PathBuf,
     namespace: String,
     containerd: RefCell<Option<Containerd>>,
-    imported: RefCell<BTreeSet<Image>>,
+    imported: RefCell<BTreeSet<(Image, String)>>,
     counter: Cell<u32>,
     rootfs: OnceCell<PathBuf>,
     probe: OnceCell<Result<String, String>>,
@@ -320,7 +320,7 @@ impl Suite {
 
     /// `ctr` on the suite's containerd.
     pub fn ctr(&self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Invocation {
-        self.ctr_at(&self.run.join("main/c.sock"), args)
+        self.ctr_at(&self.address(), args)
     }
 
     /// `ctr` on another containerd.
@@ -335,6 +335,11 @@ impl Suite {
             .args(["-n", &self.namespace])
             .args(args)
             .limit(self.scale.seconds(60))
+    }
+
+    /// Its containerd's socket.
+    pub fn address(&self) -> PathBuf {
+        self.run.join("main/c.sock")
     }
 
     /// The runtime's name for `ctr run`.
@@ -357,16 +362,15 @@ impl Suite {
 
     /// Imports an image unless it is there.
     pub fn import(&self, image: Image) -> Outcome {
-        if self.imported.borrow().contains(&image) {
-            return Ok(());
-        }
-        self.import_into(image, &self.namespace)?;
-        self.imported.borrow_mut().insert(image);
-        Ok(())
+        self.import_into(image, &self.namespace)
     }
 
-    /// Imports an image into a namespace of containerd's.
+    /// The same in another namespace of containerd's.
     pub fn import_into(&self, image: Image, namespace: &str) -> Outcome {
+        let key = (image, namespace.to_owned());
+        if self.imported.borrow().contains(&key) {
+            return Ok(());
+        }
         let name = match image {
             // Unpacking 50,000 files takes such a host ten minutes.
             Image::Files if !self.scale.pods_are_cheap() => "few-files",
@@ -381,6 +385,7 @@ impl Suite {
             .limit(self.scale.seconds(120))
             .output()?
             .ok()?;
+        self.imported.borrow_mut().insert(key);
         Ok(())
     }
 

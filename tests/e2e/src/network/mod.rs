@@ -52,7 +52,7 @@ fn serve<'a>(suite: &'a Suite, network: &Network, plug: &Plug) -> Outcome<Pod<'a
 }
 
 /// Looks again until the condition holds.
-fn until(limit: Duration, what: &str, mut holds: impl FnMut() -> Outcome<bool>) -> Outcome {
+pub fn until(limit: Duration, what: &str, mut holds: impl FnMut() -> Outcome<bool>) -> Outcome {
     let end = Instant::now() + limit;
     while !holds()? {
         if Instant::now() > end {

@@ -1,0 +1,287 @@
+//! A client of CRI (the Kubernetes container runtime interface, v1) for the tests: it does to the suite's containerd what
+//! kubelet does to a node's. Pods and containers go with their values, as with the harness's `Pod`.
+
+use std::{path::Path, time::Duration};
+
+use bulkhead_harness::{Context, Failure, Image, Outcome, Suite};
+use k8s_cri::v1::{
+    self, image_service_client::ImageServiceClient, runtime_service_client::RuntimeServiceClient,
+};
+use tonic::transport::{Channel, Endpoint};
+
+pub mod forward;
+
+pub use k8s_cri::v1::{DnsConfig, PodSandboxConfig, PortMapping};
+
+/// The runtime handler that the suite's containerd has for the runtime under test.
+pub const HANDLER: &str = "suite";
+
+/// A connection to containerd.
+#[derive(Debug)]
+pub struct Cri {
+    runtime: tokio::runtime::Runtime,
+    client: RuntimeServiceClient<Channel>,
+    cgroup: String,
+    limit: Duration,
+}
+
+/// A call of the client's, with a time limit.
+macro_rules! call {
+    ($cri:expr, $method:ident, $request:expr) => {{
+        let mut request = tonic::Request::new($request);
+        request.set_timeout($cri.limit);
+        let mut client = $cri.client.clone();
+        $cri.runtime
+            .block_on(client.$method(request))
+            .map(tonic::Response::into_inner)
+            .map_err(|status| {
+                Failure::Failed(format!(
+                    "{}: {:?}: {}",
+                    stringify!($method),
+                    status.code(),
+                    status.message()
+                ))
+            })
+    }};
+}
+
+impl Cri {
+    /// Connects to the suite's containerd and waits until its CRI plugin knows the images.
+    pub fn connect(suite: &Suite, images: &[Image]) -> Outcome<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .context("start a runtime")?;
+        let channel = runtime.block_on(connect(&suite.address()))?;
+        let cri = Self {
+            client: RuntimeServiceClient::new(channel.clone()),
+            runtime,
+            cgroup: format!("/{}", suite.namespace()),
+            limit: suite.scale.seconds(60),
+        };
+        for image in images {
+            let image = Some(spec(*image));
+            let end = std::time::Instant::now() + suite.scale.seconds(10);
+            loop {
+                let request = v1::ImageStatusRequest {
+                    image: image.clone(),
+                    ..Default::default()
+                };
+                let mut client = ImageServiceClient::new(channel.clone());
+                let answer = cri.runtime.block_on(client.image_status(request));
+                if answer.is_ok_and(|answer| answer.into_inner().image.is_some()) {
+                    break;
+                }
+                if std::time::Instant::now() > end {
+                    return Err(format!("CRI does not know {image:?}").into());
+                }
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        }
+        Ok(cri)
+    }
+
+    /// A pod's configuration with the least that kubelet gives.
+    pub fn config(&self, name: &str) -> PodSandboxConfig {
+        PodSandboxConfig {
+            metadata: Some(v1::PodSandboxMetadata {
+                name: name.into(),
+                uid: format!("uid-{name}"),
+                namespace: "default".into(),
+                attempt: 0,
+            }),
+            hostname: name.into(),
+            linux: Some(v1::LinuxPodSandboxConfig {
+                cgroup_parent: self.cgroup.clone(),
+                security_context: Some(v1::LinuxSandboxSecurityContext {
+                    namespace_options: Some(v1::NamespaceOption {
+                        pid: v1::NamespaceMode::Container.into(),
+                        ..Default::default()
+                    }),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
+    }
+
+    /// The same in the host's network.
+    pub fn on_host_network(mut config: PodSandboxConfig) -> PodSandboxConfig {
+        let context = config
+            .linux
+            .as_mut()
+            .and_then(|l| l.security_context.as_mut());
+        if let Some(options) = context.and_then(|c| c.namespace_options.as_mut()) {
+            options.network = v1::NamespaceMode::Node.into();
+        }
+        config
+    }
+
+    /// RunPodSandbox.
+    pub fn run(&self, config: PodSandboxConfig) -> Outcome<Sandbox<'_>> {
+        let request = v1::RunPodSandboxRequest {
+            config: Some(config.clone()),
+            runtime_handler: HANDLER.into(),
+        };
+        let id = call!(self, run_pod_sandbox, request)?.pod_sandbox_id;
+        Ok(Sandbox {
+            cri: self,
+            id,
+            config,
+            gone: false,
+        })
+    }
+
+    /// ListPodSandboxStats: id and bytes received of each pod's default interface.
+    pub fn received(&self) -> Outcome<Vec<(String, u64)>> {
+        let request = v1::ListPodSandboxStatsRequest::default();
+        let stats = call!(self, list_pod_sandbox_stats, request)?.stats;
+        Ok(stats
+            .into_iter()
+            .filter_map(|pod| {
+                let network = pod.linux?.network?.default_interface?;
+                Some((pod.attributes?.id, network.rx_bytes?.value))
+            })
+            .collect())
+    }
+}
+
+async fn connect(socket: &Path) -> Outcome<Channel> {
+    let address = format!("unix://{}", socket.display());
+    let endpoint = Endpoint::from_shared(address).context("containerd's address")?;
+    endpoint.connect().await.context("connect to containerd")
+}
+
+fn spec(image: Image) -> v1::ImageSpec {
+    v1::ImageSpec {
+        image: image.reference(),
+        ..Default::default()
+    }
+}
+
+/// A pod; it is stopped and removed with this value.
+#[derive(Debug)]
+pub struct Sandbox<'a> {
+    cri: &'a Cri,
+    id: String,
+    config: PodSandboxConfig,
+    gone: bool,
+}
+
+/// What an exec said.
+#[derive(Clone, Debug)]
+pub struct Said {
+    /// Stdout as text without the end's white space.
+    pub stdout: String,
+    /// The same of stderr.
+    pub stderr: String,
+    /// Exit code.
+    pub code: i32,
+}
+
+impl Sandbox<'_> {
+    /// Its id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// CreateContainer and StartContainer.
+    pub fn start(&self, name: &str, image: Image, command: &[&str]) -> Outcome<String> {
+        let config = v1::ContainerConfig {
+            metadata: Some(v1::ContainerMetadata {
+                name: name.into(),
+                attempt: 0,
+            }),
+            image: Some(spec(image)),
+            command: command.iter().map(|&word| word.into()).collect(),
+            ..Default::default()
+        };
+        let request = v1::CreateContainerRequest {
+            pod_sandbox_id: self.id.clone(),
+            config: Some(config),
+            sandbox_config: Some(self.config.clone()),
+        };
+        let id = call!(self.cri, create_container, request)?.container_id;
+        let request = v1::StartContainerRequest {
+            container_id: id.clone(),
+        };
+        call!(self.cri, start_container, request)?;
+        Ok(id)
+    }
+
+    /// ExecSync.
+    pub fn exec(&self, container: &str, command: &[&str]) -> Outcome<Said> {
+        let request = v1::ExecSyncRequest {
+            container_id: container.into(),
+            cmd: command.iter().map(|&word| word.into()).collect(),
+            timeout: 0,
+        };
+        let said = call!(self.cri, exec_sync, request)?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end().to_owned();
+        Ok(Said {
+            stdout: text(&said.stdout),
+            stderr: text(&said.stderr),
+            code: said.exit_code,
+        })
+    }
+
+    /// The pod's addresses as kubelet learns them.
+    pub fn addresses(&self) -> Outcome<Vec<String>> {
+        let request = v1::PodSandboxStatusRequest {
+            pod_sandbox_id: self.id.clone(),
+            ..Default::default()
+        };
+        let status = call!(self.cri, pod_sandbox_status, request)?.status;
+        let network = status.and_then(|s| s.network).context("no network")?;
+        let more = network.additional_ips.into_iter().map(|ip| ip.ip);
+        Ok(std::iter::once(network.ip).chain(more).collect())
+    }
+
+    /// PortForward: where containerd's streaming server serves it.
+    pub fn forward(&self, port: u16) -> Outcome<String> {
+        let request = v1::PortForwardRequest {
+            pod_sandbox_id: self.id.clone(),
+            port: vec![port.into()],
+        };
+        Ok(call!(self.cri, port_forward, request)?.url)
+    }
+
+    /// StopContainer and RemoveContainer.
+    pub fn remove(&self, container: &str) -> Outcome {
+        let request = v1::StopContainerRequest {
+            container_id: container.into(),
+            timeout: 1,
+        };
+        call!(self.cri, stop_container, request)?;
+        let request = v1::RemoveContainerRequest {
+            container_id: container.into(),
+        };
+        call!(self.cri, remove_container, request).map(drop)
+    }
+
+    /// StopPodSandbox and RemovePodSandbox, with whatever containers there are.
+    pub fn end(mut self) -> Outcome {
+        self.gone = true;
+        self.undo()
+    }
+
+    fn undo(&self) -> Outcome {
+        let request = v1::StopPodSandboxRequest {
+            pod_sandbox_id: self.id.clone(),
+        };
+        call!(self.cri, stop_pod_sandbox, request)?;
+        let request = v1::RemovePodSandboxRequest {
+            pod_sandbox_id: self.id.clone(),
+        };
+        call!(self.cri, remove_pod_sandbox, request).map(drop)
+    }
+}
+
+impl Drop for Sandbox<'_> {
+    fn drop(&mut self) {
+        if !self.gone {
+            let _ = self.undo();
+        }
+    }
+}
