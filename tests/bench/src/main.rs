@@ -97,6 +97,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
         engine,
         dist: args.dist.clone(),
         images: args.images.clone(),
+        docker: None,
         scale,
     })?;
     let mut figures = start::figures(&suite, &plan)?;

@@ -90,6 +90,7 @@ fn run(args: &Args, chosen: &[&Case]) -> anyhow::Result<usize> {
         engine,
         dist: shims.clone(),
         images: args.images.clone().unwrap_or_else(|| dist.clone()),
+        docker: None,
         scale: Scale::detect(false),
     })?;
     side::make_shims(&shims, &suite, &dist)?;

@@ -12,6 +12,7 @@ use clap::{Parser, ValueEnum};
 mod bad_input;
 mod crashes;
 mod cri;
+mod docker;
 mod exec;
 mod files;
 mod host;
@@ -36,6 +37,9 @@ struct Args {
     /// Folder with the images' tar files.
     #[arg(long)]
     images: Option<PathBuf>,
+    /// Folder of a Docker to use (dockerd, docker, docker-proxy) instead of the one in PATH.
+    #[arg(long)]
+    docker: Option<PathBuf>,
     #[command(flatten)]
     choice: Choice,
     /// Smaller sizes.
@@ -94,6 +98,7 @@ fn run(args: &Args, chosen: &[&Test]) -> anyhow::Result<Tally> {
         engine,
         dist: args.dist.clone(),
         images,
+        docker: args.docker.clone(),
         scale,
     })?;
     Ok(runner::run(&suite, chosen))
@@ -117,5 +122,6 @@ fn all() -> Vec<Test> {
     ]
     .concat();
     all.extend(network::tests());
+    all.extend_from_slice(docker::TESTS);
     all
 }

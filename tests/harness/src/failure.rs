@@ -3,7 +3,7 @@
 use std::{fmt::Display, io};
 
 /// Why a case did not pass.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum Failure {
     /// The case does not apply here; the text says what is lacking.
     #[error("{0}")]

@@ -5,6 +5,7 @@
 pub mod choice;
 pub mod command;
 pub mod containerd;
+pub mod docker;
 pub mod events;
 pub mod failure;
 pub mod leaks;

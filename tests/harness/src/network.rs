@@ -70,8 +70,8 @@ exec cat
 /// What a pod could leave: links, addresses, routes, rules, qdiscs, filters, firewall rules, namespaces, CNI's files.
 const STATE: &str = r#"
 ip -o link | sed -E 's/^[0-9]+: ([^:@]*).*/link \1/'
-ip -o address | awk '{ print "address", $2, $4 }'
-{ ip route; ip -6 route; } | sed 's/^/route /; s/ linkdown//; s/ expires.*//' | grep -v '^route fe80::/64 dev veth'
+ip -o address | awk '{ print "address", $2, $4 }' | grep -v 'docker0 fe80'
+{ ip route; ip -6 route; } | sed 's/^/route /; s/ linkdown//; s/ expires.*//' | grep -vE '^route fe80::/64 dev (veth|docker0)'
 { ip rule; ip -6 rule; } | sed 's/^/rule /'
 tc qdisc | grep -v ' noqueue ' | sed 's/^/tc /'
 ip netns | sed 's/^\([^ ]*\).*/network namespace \1/'
@@ -162,7 +162,8 @@ impl Network {
         self.at(namespace, &[&["chroot", &self.tools()], args].concat())
     }
 
-    fn tools(&self) -> String {
+    /// Root of the tools' image, as the mount namespace sees it.
+    pub fn tools(&self) -> String {
         let folder = self.tools.get().map(|f| f.to_string_lossy().into_owned());
         folder.unwrap_or_else(|| "/".into())
     }

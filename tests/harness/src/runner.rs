@@ -35,12 +35,20 @@ pub enum Place {
     Network,
     /// There, and the images are CRI's.
     Cri,
+    /// There, with Docker's daemon.
+    Docker,
 }
 
 impl Test {
     /// The same in the suite's own network.
     pub const fn networked(mut self) -> Self {
         self.place = Place::Network;
+        self
+    }
+
+    /// The same with Docker, in the suite's own network.
+    pub const fn docker(mut self) -> Self {
+        self.place = Place::Docker;
         self
     }
 
@@ -142,6 +150,9 @@ fn one(suite: &Suite, test: &Test) -> Outcome {
             Place::Cri => suite.import_into(*image, CRI_NAMESPACE)?,
             _ => suite.import(*image)?,
         }
+    }
+    if test.place == Place::Docker {
+        suite.docker()?;
     }
     let scope = suite.scope();
     let before = Snapshot::take(&scope);

@@ -14,6 +14,7 @@ use rustix::process::Signal;
 use crate::{
     command::{Invocation, tail},
     containerd::{Containerd, Settings, unmount_below},
+    docker::{self, Docker},
     failure::{Context, Outcome, make_folder, read, skip, write},
     leaks::Scope,
     network::Network,
@@ -81,6 +82,8 @@ pub struct Options {
     pub dist: PathBuf,
     /// Folder with the images' tar files.
     pub images: PathBuf,
+    /// Folder of `dockerd` and its kind, if not in `PATH`.
+    pub docker: Option<PathBuf>,
     /// Sizes and waits.
     pub scale: Scale,
 }
@@ -105,7 +108,9 @@ pub struct Suite {
     probe: OnceCell<Result<String, String>>,
     saved: RefCell<String>,
     network: Option<Network>,
-    networked: OnceCell<Result<Box<Suite>, String>>,
+    networked: OnceCell<Outcome<Box<Suite>>>,
+    docker_programs: Option<PathBuf>,
+    docker: OnceCell<Outcome<Docker>>,
 }
 
 impl Suite {
@@ -121,15 +126,12 @@ impl Suite {
                 engine: self.engine,
                 dist: self.dist.clone(),
                 images: self.images.clone(),
+                docker: self.docker_programs.clone(),
                 scale: self.scale.clone(),
             };
-            let made = Self::begin(options, "-net", true).map(Box::new);
-            made.map_err(|error| error.to_string())
+            Self::begin(options, "-net", true).map(Box::new)
         });
-        match made {
-            Ok(suite) => Ok(suite),
-            Err(lacks) => skip(format!("no network of the suite's own: {lacks}")),
-        }
+        made.as_deref().map_err(Clone::clone)
     }
 
     fn begin(options: Options, kind: &str, networked: bool) -> Outcome<Self> {
@@ -160,6 +162,8 @@ impl Suite {
             saved: RefCell::default(),
             network,
             networked: OnceCell::new(),
+            docker_programs: options.docker.as_deref().map(absolute).transpose()?,
+            docker: OnceCell::new(),
         };
         suite.configure("")?;
         let containerd = Containerd::start(suite.settings("main", None))?;
@@ -191,6 +195,16 @@ impl Suite {
     /// The network of a [`networked`](Self::networked) suite.
     pub fn network(&self) -> Outcome<&Network> {
         self.network.as_ref().context("no network of its own")
+    }
+
+    /// Docker on this suite's containerd, which has a network of its own.
+    pub fn docker(&self) -> Outcome<&Docker> {
+        let made = self.docker.get_or_init(|| {
+            let programs = self.docker_programs.as_deref();
+            let (run, data) = (self.run.join("docker"), self.data.join("docker"));
+            Docker::start(self, programs, &run, &data)
+        });
+        made.as_ref().map_err(Clone::clone)
     }
 
     fn enter(&self) -> Vec<String> {
@@ -469,7 +483,7 @@ impl Suite {
         let containerd = self.containerd.borrow();
         let snapshots = "main/io.containerd.snapshotter.v1.overlayfs/snapshots";
         let mut folders = vec![(self.state(), 2), (self.data.join(snapshots), 1)];
-        for namespace in [&self.namespace, CRI_NAMESPACE] {
+        for namespace in [&self.namespace, CRI_NAMESPACE, docker::NAMESPACE] {
             folders.extend(containerd.iter().map(|c| (c.bundles(namespace), 2)));
         }
         Scope {
@@ -559,6 +573,9 @@ impl Suite {
 impl Drop for Suite {
     fn drop(&mut self) {
         self.clean();
+        if let Some(Ok(docker)) = self.docker.get() {
+            docker.end();
+        }
         self.containerd.borrow_mut().take();
         if let Some(network) = self.network.take() {
             network.end();
