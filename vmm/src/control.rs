@@ -209,7 +209,8 @@ impl Client {
                 descriptors.extend(fds);
             }
         }
-        if message.flags.contains(ReturnFlags::CTRUNC) {
+        let more = message.flags.contains(ReturnFlags::CTRUNC);
+        if more || descriptors.len() > limits::CONTROL_DESCRIPTORS {
             return Err(io::Error::other("too many descriptors"));
         }
         Ok((message.bytes, descriptors))
@@ -266,6 +267,10 @@ fn request(
 
 #[cfg(test)]
 mod tests {
+    use std::io::IoSlice;
+
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+
     use super::*;
 
     #[test]
@@ -296,6 +301,29 @@ mod tests {
             r#"{"op":"stop","now":true}"#,
         ] {
             assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn descriptors_come_whole_and_too_many_end_the_connection() {
+        let most = limits::CONTROL_DESCRIPTORS;
+        for count in [0, 1, most, most + 1] {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            let client = Client::new(ours).unwrap();
+            let fds: Vec<_> = (0..count).map(|_| std::io::stdin()).collect();
+            let fds: Vec<_> = fds.iter().map(std::os::fd::AsFd::as_fd).collect();
+            let mut space = vec![MaybeUninit::uninit(); 1024];
+            let mut ancillary = SendAncillaryBuffer::new(&mut space);
+            assert!(ancillary.push(SendAncillaryMessage::ScmRights(&fds)));
+            let bytes = [IoSlice::new(b"line")];
+            sendmsg(&theirs, &bytes, &mut ancillary, SendFlags::empty()).unwrap();
+            let got = client.receive(&mut [0; 1024]);
+            if count > most {
+                assert!(got.is_err());
+                continue;
+            }
+            let (len, descriptors) = got.unwrap();
+            assert_eq!((len, descriptors.len()), (4, count));
         }
     }
 

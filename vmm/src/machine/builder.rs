@@ -119,3 +119,23 @@ fn devices(
     }
     Ok(devices)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_network_slot_has_a_pair_of_queues_for_each_vcpu_up_to_the_limit() {
+        let pairs = |engine: &str, vcpus: u8| {
+            let dir = tempfile::tempdir().unwrap();
+            let json = serde_json::json!({"engine": engine, "kernel": "/k", "initramfs": "/i", "vcpus": vcpus,
+                "memory_mib": 96, "net": [{"id": "n0", "mac": "02:00:00:00:00:01"}]});
+            std::fs::write(dir.path().join("machine.json"), json.to_string()).unwrap();
+            net_slots(&MachineConfig::load(dir.path()).unwrap())[0].pairs()
+        };
+        assert_eq!(pairs("kvm", 1), 1);
+        assert_eq!(pairs("kvm", 3), 3);
+        assert_eq!(pairs("kvm", 32), limits::NET_PAIRS);
+        assert_eq!(pairs("emulated", 4), 1);
+    }
+}

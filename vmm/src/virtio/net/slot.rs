@@ -148,6 +148,8 @@ impl Slot {
                 return Err(error);
             }
         }
+        let (queues, vhost) = (checked.taps.len(), !checked.vhosts.is_empty());
+        tracing::info!(slot = self.id, queues, vhost, "network slot filled");
         *link = Some(checked);
         Ok(())
     }
@@ -163,6 +165,7 @@ impl Slot {
             running.stop(Some(&mut old));
             running.start(&self.id, None)?;
         }
+        tracing::info!(slot = self.id, "network slot emptied");
         Ok(())
     }
 

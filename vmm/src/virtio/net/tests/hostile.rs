@@ -151,6 +151,29 @@ fn a_guest_over_its_rate_costs_no_work() {
 }
 
 #[test]
+fn a_tap_that_is_deleted_under_the_device_costs_no_work_and_can_be_replaced() {
+    let id = "deleted-tap";
+    let mut rig = Rig::named(id, feature::MRG_RXBUF);
+    let Some(taps) = tap(1) else {
+        return;
+    };
+    rig.slot.attach(attachment(taps, Rate::default())).unwrap();
+    let mut delete = std::process::Command::new("ip");
+    match delete.args(["link", "delete", "tap0"]).status() {
+        Ok(status) => assert!(status.success()),
+        Err(error) => return eprintln!("skipped: ip: {error}"),
+    }
+    rig.send(0, &arp(2, GUEST));
+    rig.sent(1);
+    assert!(ticks_at_rest(id) <= 5);
+    rig.slot.detach().unwrap();
+    let taps = tap(1).unwrap();
+    rig.slot.attach(attachment(taps, Rate::default())).unwrap();
+    rig.offer_buffers(100, 2048);
+    assert!(rig.is_answered(1));
+}
+
+#[test]
 fn receive_buffers_that_hold_nothing_lose_the_frame_and_end_nothing() {
     let Some(mut rig) = Rig::start(feature::MRG_RXBUF, Rate::default()) else {
         return;

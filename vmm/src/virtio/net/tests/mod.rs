@@ -98,6 +98,33 @@ fn a_rate_holds_the_guest_back_and_nothing_is_lost() {
 }
 
 #[test]
+fn a_rate_holds_what_comes_for_the_guest_back_and_nothing_is_lost() {
+    let rate = Rate {
+        bytes: 100_000,
+        ..Rate::default()
+    };
+    let Some(mut rig) = Rig::start(0, rate) else {
+        return;
+    };
+    rig.offer_buffers(200, 2048);
+    assert!(rig.is_answered(0));
+    let socket = UdpSocket::bind("10.9.8.1:0").unwrap();
+    let start = Instant::now();
+    for number in 0..60u8 {
+        socket.send_to(&[number; 958], "10.9.8.2:7").unwrap();
+    }
+    let mut next = 0;
+    let all = rig.received(Duration::from_secs(20), |frame| {
+        next += u8::from(frame.ends_with(&[next; 958]));
+        next == 60
+    });
+    assert!(all, "{next} came");
+    // 60,000 bytes with their headers: ten thousand at once, then a hundred thousand a second.
+    let took = start.elapsed();
+    assert!(took >= Duration::from_millis(480), "{took:?}");
+}
+
+#[test]
 fn pairs_of_queues_are_turned_on_by_the_control_queue() {
     let Some(taps) = tap(2) else {
         return;
