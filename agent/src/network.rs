@@ -9,6 +9,7 @@ pub mod forward;
 mod namespace;
 mod netlink;
 pub mod ports;
+mod resolver;
 mod wanted;
 
 use std::{
@@ -22,6 +23,7 @@ use bulkhead_protocol::agent::SetNetworkRequest;
 use crate::error::{Context, Error, Result};
 use apply::Network;
 use namespace::Namespace;
+use resolver::{Detour, Resolver, Sockets};
 use wanted::Wanted;
 
 /// The pod's network.
@@ -34,6 +36,8 @@ struct State {
     wanted: Wanted,
     /// A container is in it, or was.
     used: bool,
+    resolver: Option<Resolver>,
+    detour: Detour,
 }
 
 impl State {
@@ -45,6 +49,19 @@ impl State {
                 Ok(missing.insert(made.step(|| "make the pod's network".into())?))
             }
         }
+    }
+
+    /// Lets 127.0.0.11 answer, or not.
+    fn resolve(&mut self, wanted: bool) -> Result<()> {
+        if !wanted {
+            self.resolver = None;
+        } else if self.resolver.is_none() {
+            let what = || format!("resolver: listen on {}", resolver::ADDRESS);
+            let sockets = self.network()?.namespace().within(Sockets::bind);
+            let started = sockets.and_then(|sockets| Resolver::start(sockets, &mut self.detour));
+            self.resolver = Some(started.step(what)?);
+        }
+        Ok(())
     }
 }
 
@@ -58,6 +75,7 @@ impl PodNetwork {
         let wanted = Wanted::parse(request)?;
         let mut state = self.state();
         state.network()?.apply(&wanted)?;
+        state.resolve(wanted.resolver)?;
         state.wanted = wanted;
         Ok(())
     }
@@ -93,7 +111,10 @@ impl PodNetwork {
         network.apply(&state.wanted)?;
         state.network = Some(network);
         state.used = true;
-        Ok(())
+        // The old one's listens in the old network.
+        state.resolver = None;
+        let wanted = state.wanted.resolver;
+        state.resolve(wanted)
     }
 
     /// Opens something inside it.

@@ -6,6 +6,7 @@
 
 use std::{
     collections::BTreeMap,
+    net::Ipv4Addr,
     os::fd::{AsRawFd, BorrowedFd},
 };
 
@@ -276,6 +277,30 @@ fn tell(ring: BorrowedFd<'_>, field: i16, value: u32) -> Vec<BpfInsn> {
     skip.off = write.len() as i16;
     let mut program = vec![load(R2, field), skip];
     program.append(&mut write);
+    program.extend([set(R0, 1), EXIT]);
+    program
+}
+
+/// Program of the address hooks: an IPv4 address with one port gets another.
+pub fn change_port(address: Ipv4Addr, from: u16, to: u16) -> Vec<BpfInsn> {
+    // struct bpf_sock_addr: offsets of `user_ip4` and `user_port`, both in network byte order.
+    const IP: i16 = 4;
+    const PORT: i16 = 24;
+    let port = |port: u16| u32::from(port.to_be());
+    let mut program = vec![
+        load(R2, IP),
+        jump_unless_equal(R2, u32::from_ne_bytes(address.octets())),
+        load(R2, PORT),
+        jump_unless_equal(R2, port(from)),
+        set(R2, port(to)),
+        instruction(0x63, R1 | (R2 << 4), PORT, 0), // *(u32 *)(r1 + PORT) = r2
+    ];
+    let length = program.len();
+    for (position, instruction) in program.iter_mut().enumerate() {
+        if instruction.off == TO_END {
+            instruction.off = (length - position - 1) as i16;
+        }
+    }
     program.extend([set(R0, 1), EXIT]);
     program
 }

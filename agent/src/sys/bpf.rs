@@ -36,15 +36,25 @@ pub enum Hook {
     Inet6Bound,
     /// `BPF_CGROUP_INET_SOCK_RELEASE`: a socket is closed.
     InetReleased,
+    /// `BPF_CGROUP_INET4_CONNECT`: an IPv4 socket is connected.
+    Inet4Connect,
+    /// `BPF_CGROUP_UDP4_SENDMSG`: a datagram is sent to an address.
+    Udp4Send,
+    /// `BPF_CGROUP_UDP4_RECVMSG`: the address that a datagram came from is told.
+    Udp4Receive,
 }
 
 impl Hook {
     fn program_type(self) -> u32 {
         const BPF_PROG_TYPE_CGROUP_SOCK: u32 = 9;
         const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
+        const BPF_PROG_TYPE_CGROUP_SOCK_ADDR: u32 = 18;
         match self {
             Self::Device => BPF_PROG_TYPE_CGROUP_DEVICE,
-            _ => BPF_PROG_TYPE_CGROUP_SOCK,
+            Self::Inet4Bound | Self::Inet6Bound | Self::InetReleased => BPF_PROG_TYPE_CGROUP_SOCK,
+            Self::Inet4Connect | Self::Udp4Send | Self::Udp4Receive => {
+                BPF_PROG_TYPE_CGROUP_SOCK_ADDR
+            }
         }
     }
 
@@ -54,6 +64,9 @@ impl Hook {
             Self::Inet4Bound => 12,
             Self::Inet6Bound => 13,
             Self::InetReleased => 34,
+            Self::Inet4Connect => 10,
+            Self::Udp4Send => 14,
+            Self::Udp4Receive => 19,
         }
     }
 }
