@@ -16,7 +16,10 @@ use crate::{
     bootstrap::{self, socket_path},
     config::Config,
     hooks::Runner,
-    sandbox::state::{self, IdError, Owner, ProcessId},
+    sandbox::{
+        network::note,
+        state::{self, IdError, Owner, ProcessId},
+    },
     spec,
     task::now,
 };
@@ -82,6 +85,7 @@ fn clean(dir: &Path, owner: Option<Owner>, socket: &Path) -> Result<(), Error> {
         owner.shim.wait_gone_alone(SHIM_END);
     }
     state::kill_children(dir);
+    note::clean(dir);
     state::remove_dir(dir).map_err(|source| Error::Remove {
         path: dir.to_owned(),
         source,

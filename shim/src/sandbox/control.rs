@@ -19,6 +19,8 @@ use serde_json::{Value, json};
 const ANSWER: Duration = Duration::from_secs(10);
 /// How long the peer may take to listen after its start.
 const LISTEN: Duration = Duration::from_secs(10);
+/// Descriptors of one request at most.
+const FDS_MAX: usize = 32;
 /// Longest answer.
 const ANSWER_MAX: usize = 64 * 1024;
 
@@ -69,21 +71,21 @@ impl Client {
         }
     }
 
-    /// Sends `request`, with a descriptor if there is one, and gives back what is `ok` in the answer.
-    pub async fn request(&self, request: Value, fd: Option<OwnedFd>) -> Result<Value, Error> {
+    /// Sends `request` with descriptors, and gives back what is `ok` in the answer.
+    pub async fn request(&self, request: Value, fds: Vec<OwnedFd>) -> Result<Value, Error> {
         let this = self.clone();
-        tokio::task::spawn_blocking(move || this.request_blocking(&request, fd))
+        tokio::task::spawn_blocking(move || this.request_blocking(&request, &fds))
             .await
             .map_err(|e| self.io(io::Error::other(e)))?
     }
 
     /// The same, for callers that have no runtime.
-    pub fn request_blocking(&self, request: &Value, fd: Option<OwnedFd>) -> Result<Value, Error> {
+    pub fn request_blocking(&self, request: &Value, fds: &[OwnedFd]) -> Result<Value, Error> {
         let mut slot = self
             .connection
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        let result = self.exchange(&mut slot, request, fd.as_ref());
+        let result = self.exchange(&mut slot, request, fds);
         if matches!(result, Err(Error::Io { .. } | Error::Answer { .. })) {
             *slot = None; // What is in flight on a broken connection belongs to nobody.
         }
@@ -94,13 +96,13 @@ impl Client {
         &self,
         slot: &mut Option<UnixStream>,
         request: &Value,
-        fd: Option<&OwnedFd>,
+        fds: &[OwnedFd],
     ) -> Result<Value, Error> {
         let stream = match slot {
             Some(stream) => stream,
             None => slot.insert(connect(&self.path).map_err(|e| self.io(e))?),
         };
-        send(stream, &format!("{request}\n"), fd).map_err(|e| self.io(e))?;
+        send(stream, &format!("{request}\n"), fds).map_err(|e| self.io(e))?;
         let line = read_line(stream).map_err(|e| self.io(e))?;
         let op = request.get("op").and_then(Value::as_str).unwrap_or("?");
         parse_answer(&line).map_err(|message| match message {
@@ -182,13 +184,13 @@ fn connect(path: &Path) -> io::Result<UnixStream> {
     }
 }
 
-fn send(stream: &mut UnixStream, line: &str, fd: Option<&OwnedFd>) -> io::Result<()> {
+fn send(stream: &mut UnixStream, line: &str, fds: &[OwnedFd]) -> io::Result<()> {
     let mut rest = line.as_bytes();
-    let fds: Vec<_> = fd.iter().map(AsFd::as_fd).collect();
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
     let mut control = SendAncillaryBuffer::new(&mut space);
-    if !fds.is_empty() {
-        control.push(SendAncillaryMessage::ScmRights(&fds));
+    if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(&fds)) {
+        return Err(io::ErrorKind::InvalidInput.into());
     }
     let sent = sendmsg(
         &*stream,
@@ -256,10 +258,10 @@ mod tests {
         ];
         let peer = peer(listener, answers);
         let client = Client::new(&path);
-        let report = client.request_blocking(&op("report"), None).unwrap();
+        let report = client.request_blocking(&op("report"), &[]).unwrap();
         assert_eq!(report["state"], "running");
         let error = client
-            .request_blocking(&remove_tree("t9"), None)
+            .request_blocking(&remove_tree("t9"), &[])
             .unwrap_err();
         assert_eq!(
             error.to_string(),
@@ -295,7 +297,7 @@ mod tests {
         let file = File::open("/dev/null").unwrap().into();
         let client = Client::new(&path);
         client
-            .request_blocking(&add_tree("t1", true, false), Some(file))
+            .request_blocking(&add_tree("t1", true, false), &[file])
             .unwrap();
         assert_eq!(peer.join().unwrap(), 1);
     }

@@ -62,6 +62,9 @@ pub enum Error {
     /// VMM or file server.
     #[error(transparent)]
     Control(#[from] control::Error),
+    /// The network.
+    #[error(transparent)]
+    Network(#[from] super::network::Error),
     /// A tree.
     #[error(transparent)]
     Mount(#[from] crate::mounts::Error),

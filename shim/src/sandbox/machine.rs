@@ -10,7 +10,9 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::state::write_private;
+use bulkhead_protocol::limits::NET_SLOTS;
+
+use super::{network, state::write_private};
 use crate::config::{Config, Engine};
 
 /// Longest `exit.json` that is read.
@@ -37,7 +39,14 @@ struct Machine<'a> {
     qemu: &'a str,
     vsock: Vsock,
     fs: Fs,
+    net: Vec<Net>,
     blocks: [(); 0],
+}
+
+#[derive(Serialize)]
+struct Net {
+    id: String,
+    mac: String,
 }
 
 #[derive(Serialize)]
@@ -70,6 +79,12 @@ pub fn write_machine(
             tag: "pod",
             worker_fds: workers.iter().map(AsRawFd::as_raw_fd).collect(),
         },
+        net: (0..NET_SLOTS)
+            .map(|slot| Net {
+                id: network::slot_id(slot),
+                mac: network::slot_mac(slot),
+            })
+            .collect(),
         blocks: [],
     };
     let text = serde_json::to_string(&machine).map_err(io::Error::other)?;
@@ -192,7 +207,9 @@ mod tests {
         let expected = serde_json::json!({
             "engine": "kvm", "kernel": "/opt/vmlinux", "initramfs": "/opt/initramfs.cpio", "vcpus": 2,
             "memory_mib": 256, "qemu": "qemu-system-x86_64", "vsock": { "cid": 3 },
-            "fs": { "tag": "pod", "worker_fds": [fds[0].as_raw_fd()] }, "blocks": []
+            "fs": { "tag": "pod", "worker_fds": [fds[0].as_raw_fd()] }, "blocks": [],
+            "net": [{ "id": "n0", "mac": "02:62:6b:00:00:00" }, { "id": "n1", "mac": "02:62:6b:00:00:01" },
+                    { "id": "n2", "mac": "02:62:6b:00:00:02" }, { "id": "n3", "mac": "02:62:6b:00:00:03" }]
         });
         assert_eq!(value, expected);
     }

@@ -11,13 +11,14 @@
 pub mod control;
 mod error;
 pub mod machine;
+pub mod network;
 pub mod spawn;
 pub mod state;
 pub mod vsock;
 
 use std::{
     io,
-    os::fd::{AsRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
     time::Duration,
@@ -39,6 +40,8 @@ use ttrpc::context::{self, Context};
 pub use self::error::Error;
 use self::{
     machine::{End, Size},
+    network::{Network, namespace::Namespace, note},
+    spawn::Net,
     state::{Owner, ProcessId},
 };
 use crate::{
@@ -73,24 +76,26 @@ pub struct Pod {
     agent: OnceLock<AgentClient>,
     control: control::Client,
     files: control::Client,
+    network: Arc<Network>,
     life: watch::Receiver<Life>,
     ready_limit: Duration,
 }
 
 impl Pod {
-    /// Makes the state folder and starts the machine; the guest boots while the caller goes on.
+    /// Makes the state folder and starts the machine in the network namespace; the guest boots while the caller goes on.
     pub fn start(
         config: &Config,
         namespace: &str,
         id: &str,
         bundle: &Path,
         size: Size,
+        network: Namespace,
     ) -> Result<(Arc<Self>, UnixListener), Error> {
         let dir = state::pod_dir(&config.state, namespace, id)?;
         let name = format!("{namespace}/{id}");
         clear_stale(&dir, &name)?;
         state::make_private_dir(&dir).map_err(state_error(&dir))?;
-        let started = Self::start_in(config, name, &dir, bundle, size);
+        let started = Self::start_in(config, name, &dir, bundle, size, network);
         if started.is_err() {
             state::kill_children(&dir);
             let _ = state::remove_dir(&dir);
@@ -104,6 +109,7 @@ impl Pod {
         dir: &Path,
         bundle: &Path,
         size: Size,
+        namespace: Namespace,
     ) -> Result<(Arc<Self>, UnixListener), Error> {
         if config.engine == Engine::Emulated {
             tracing::warn!(
@@ -119,12 +125,15 @@ impl Pod {
         let ready = UnixListener::bind(&socket).map_err(state_error(&socket))?;
         let (for_vmm, for_fs) = spawn::fs_channels().map_err(state_error(dir))?;
         machine::write_machine(dir, config, size, &for_vmm).map_err(state_error(dir))?;
-        let (vmm, vmm_id) = child(&config.vmm, dir, "vmm", &for_vmm, Vec::new())?;
+        let control = control::Client::new(dir.join("control.sock"));
+        let network = Network::new(namespace, dir, control.clone(), config.engine, size.vcpus)?;
+        let net = Net::Of(network.namespace().as_fd());
+        let (vmm, vmm_id) = child(&config.vmm, dir, "vmm", &for_vmm, net, Vec::new())?;
         let workers = for_fs
             .iter()
             .flat_map(|fd| ["--worker-fd".to_owned(), fd.as_raw_fd().to_string()])
             .collect();
-        let (fs, fs_id) = match child(&config.fs, dir, "fs", &for_fs, workers) {
+        let (fs, fs_id) = match child(&config.fs, dir, "fs", &for_fs, Net::Empty, workers) {
             Ok(started) => started,
             Err(error) => {
                 // Not left to the caller: without a wait the child would stay as a zombie.
@@ -141,6 +150,7 @@ impl Pod {
             (vmm, vmm_id),
             (fs, fs_id),
             dir.to_owned(),
+            network.clone(),
             tx,
         ));
         let pod = Self {
@@ -149,8 +159,9 @@ impl Pod {
             vmm: vmm_id,
             size,
             agent: OnceLock::new(),
-            control: control::Client::new(dir.join("control.sock")),
+            control,
             files: control::Client::new(dir.join("fs.sock")),
+            network,
             life,
             ready_limit: match config.engine {
                 Engine::Kvm => READY_KVM,
@@ -200,7 +211,7 @@ impl Pod {
     async fn console(&self) -> String {
         let report = timeout(
             Duration::from_secs(2),
-            self.control.request(control::op("report"), None),
+            self.control.request(control::op("report"), Vec::new()),
         );
         let console = match report.await {
             Ok(Ok(report)) => report
@@ -262,6 +273,29 @@ impl Pod {
         }
     }
 
+    /// Its network.
+    pub fn network(&self) -> &Arc<Network> {
+        &self.network
+    }
+
+    /// What of the network needs no agent.
+    pub async fn prepare_network(&self) -> Result<(), Error> {
+        Ok(self.network.update(None, true).await?)
+    }
+
+    /// Gives the guest what its namespace holds now, and says so of what cannot be given.
+    pub async fn update_network(&self) -> Result<(), Error> {
+        let agent = self.agent()?;
+        let updated = self.network.update(Some(agent), true).await;
+        match updated {
+            Err(error) => match timeout(Duration::from_secs(1), self.ended()).await {
+                Ok(end) => Err(Error::Ended(end)),
+                Err(_) => Err(error.into()),
+            },
+            Ok(()) => Ok(()),
+        }
+    }
+
     /// Hands trees to the file server; if one is refused, those before it are taken back.
     pub async fn add_trees(&self, trees: &[Tree]) -> Result<(), Error> {
         for (done, tree) in trees.iter().enumerate() {
@@ -284,7 +318,7 @@ impl Pod {
 
     async fn add_tree(&self, tree: &Tree, fd: OwnedFd) -> Result<(), Error> {
         let request = control::add_tree(&tree.id, tree.readonly, tree.shared);
-        self.files.request(request, Some(fd)).await?;
+        self.files.request(request, vec![fd]).await?;
         Ok(())
     }
 
@@ -295,7 +329,7 @@ impl Pod {
                 return;
             }
             let request = control::remove_tree(&tree.id);
-            if let Err(error) = self.files.request(request, None).await {
+            if let Err(error) = self.files.request(request, Vec::new()).await {
                 tracing::warn!(tree = tree.id, %error, "a tree stays until the pod ends");
             }
         }
@@ -316,7 +350,7 @@ impl Pod {
         }
         if self.end().is_none() {
             let stop = async {
-                let _ = self.control.request(control::op("stop"), None).await;
+                let _ = self.control.request(control::op("stop"), Vec::new()).await;
                 self.ended().await
             };
             if timeout(Duration::from_secs(1), stop).await.is_err() {
@@ -381,6 +415,7 @@ fn clear_stale(dir: &Path, name: &str) -> Result<(), Error> {
     }
     tracing::warn!(dir = %dir.display(), "removing what a dead shim left");
     state::kill_children(dir);
+    note::clean(dir);
     state::remove_dir(dir).map_err(state_error(dir))
 }
 
@@ -389,6 +424,7 @@ fn child(
     dir: &Path,
     name: &str,
     keep: &[OwnedFd],
+    net: Net<'_>,
     mut args: Vec<String>,
 ) -> Result<(Child, ProcessId), Error> {
     let spawn_error = |source| Error::Spawn {
@@ -397,7 +433,7 @@ fn child(
     };
     args.splice(0..0, ["--state-dir".to_owned(), dir.display().to_string()]);
     let log = dir.join(format!("{name}.log"));
-    let child = spawn::spawn(program, &args, keep, &log).map_err(spawn_error)?;
+    let child = spawn::spawn(program, &args, keep, net, &log).map_err(spawn_error)?;
     // Not reaped yet, so the pid is the child's even if it has ended.
     let id = child.id().and_then(|pid| ProcessId::of(pid as i32));
     let id = id.ok_or_else(|| spawn_error(io::ErrorKind::NotFound.into()))?;
@@ -411,6 +447,7 @@ async fn watch_children(
     (mut vmm, vmm_id): (Child, ProcessId),
     (mut fs, fs_id): (Child, ProcessId),
     dir: PathBuf,
+    network: Arc<Network>,
     life: watch::Sender<Life>,
 ) {
     let mut fs_first = false;
@@ -453,6 +490,7 @@ async fn watch_children(
     let leftovers = dir.clone();
     let removed = tokio::task::spawn_blocking(move || {
         vmm_id.wait_gone(Duration::from_secs(3));
+        network.close();
         state::remove_dir(&leftovers)
     });
     if let Ok(Err(error)) = removed.await {

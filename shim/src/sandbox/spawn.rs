@@ -12,7 +12,10 @@ use std::{
     process::Stdio,
 };
 
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair, sockopt};
+use rustix::{
+    net::{AddressFamily, SocketFlags, SocketType, socketpair, sockopt},
+    thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space},
+};
 use tokio::process::{Child, Command};
 
 /// Workers of the file server.
@@ -43,8 +46,23 @@ pub fn fs_channels() -> io::Result<(Vec<OwnedFd>, Vec<OwnedFd>)> {
     Ok((vmm, fs))
 }
 
+/// The network that a child is in: never the host's.
+#[derive(Clone, Copy)]
+pub enum Net<'a> {
+    /// This namespace.
+    Of(BorrowedFd<'a>),
+    /// None: an empty namespace.
+    Empty,
+}
+
 /// Starts `program`, which inherits `keep` under the same numbers.
-pub fn spawn(program: &Path, args: &[String], keep: &[OwnedFd], log: &Path) -> io::Result<Child> {
+pub fn spawn(
+    program: &Path,
+    args: &[String],
+    keep: &[OwnedFd],
+    net: Net<'_>,
+    log: &Path,
+) -> io::Result<Child> {
     let log = OpenOptions::new()
         .append(true)
         .create(true)
@@ -52,6 +70,10 @@ pub fn spawn(program: &Path, args: &[String], keep: &[OwnedFd], log: &Path) -> i
         .custom_flags(libc::O_NOFOLLOW)
         .open(log)?;
     let keep: Vec<RawFd> = keep.iter().map(AsRawFd::as_raw_fd).collect();
+    let net = match net {
+        Net::Of(namespace) => Some(namespace.as_raw_fd()),
+        Net::Empty => None,
+    };
     let mut command = Command::new(program);
     command
         .args(args)
@@ -60,10 +82,17 @@ pub fn spawn(program: &Path, args: &[String], keep: &[OwnedFd], log: &Path) -> i
         .stdout(log.try_clone()?)
         .stderr(log);
     // SAFETY: between fork and exec only system calls are made, on memory allocated before; the numbers in `keep`
-    // are the caller's OwnedFds, open until `spawn` returns.
+    // and `net` are the caller's descriptors, open until `spawn` returns. CLONE_FILES is not passed to unshare.
     unsafe {
         command.pre_exec(move || {
             rustix::process::setsid()?;
+            match net {
+                Some(fd) => {
+                    let fd = BorrowedFd::borrow_raw(fd);
+                    move_into_link_name_space(fd, Some(LinkNameSpaceType::Network))?;
+                }
+                None => rustix::thread::unshare_unsafe(UnshareFlags::NEWNET)?,
+            }
             if libc::close_range(3, libc::c_uint::MAX, CLOSE_RANGE_CLOEXEC) != 0 {
                 return Err(io::Error::last_os_error());
             }
@@ -96,6 +125,7 @@ mod tests {
             Path::new("/bin/sh"),
             &["-c".into(), script.into()],
             &a[..1],
+            Net::Empty,
             &log,
         )
         .unwrap();

@@ -125,6 +125,13 @@ impl Spec {
         &self.view.hooks
     }
 
+    /// The path of its network namespace, if it has one.
+    pub fn network(&self) -> Option<&Path> {
+        let mut namespaces = self.view.linux.namespaces.iter();
+        let network = namespaces.find(|n| n.r#type == "network")?;
+        (!network.path.is_empty()).then(|| Path::new(&network.path))
+    }
+
     /// `ociVersion`.
     pub fn version(&self) -> &str {
         &self.view.oci_version

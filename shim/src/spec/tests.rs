@@ -44,6 +44,7 @@ const GUEST: Guest = Guest {
     vcpus: 4,
     host_pid: 1000,
     init_pid: Some(52),
+    pod_network: true,
 };
 
 /// What the agent gets.
@@ -329,6 +330,7 @@ fn the_pid_that_containerd_knows_means_the_pods_first_container() {
     assert_eq!(sent["linux"]["namespaces"][2]["path"], "/proc/77/ns/uts");
     let alone = Guest {
         init_pid: None,
+        pod_network: true,
         ..GUEST
     };
     let mut spec = parse(&spec).unwrap();

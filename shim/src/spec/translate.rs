@@ -20,6 +20,8 @@ use crate::{
 const PRESENT: &str = "/sys/devices/system/cpu/present";
 /// Where the kernel lists the host's memory nodes.
 const NODES: &str = "/sys/devices/system/node/online";
+/// The pod's network in the guest.
+const POD_NETWORK: &str = "/proc/1/ns/net";
 /// The field of a cpuset.
 const CPUS: &str = "linux.resources.cpu.cpus";
 /// Longest value that an error quotes.
@@ -34,6 +36,8 @@ pub struct Guest {
     pub host_pid: u32,
     /// Pid in the guest of the pod's first container, if it runs.
     pub init_pid: Option<u32>,
+    /// Whether the container is in the pod's network; else it gets an empty one.
+    pub pod_network: bool,
 }
 
 /// The CPUs that the host has.
@@ -212,7 +216,7 @@ impl Spec {
         Ok(cpus)
     }
 
-    /// A network namespace's path is the host's: in the guest it becomes one of its own. containerd tells one pid for all
+    /// A network namespace's path is the host's: in the guest it becomes that of the pod's network. containerd tells one pid for all
     /// processes of a pod, so that pid's namespaces are those of the pod's first container; other pids are the guest's.
     fn namespaces(&mut self, guest: Guest) -> Result<(), Refusal> {
         let list = self
@@ -224,8 +228,9 @@ impl Spec {
                 continue;
             };
             if view.r#type == "network" {
-                if let Some(path) = value.remove("path") {
-                    tracing::info!(%path, "linux.namespaces[network]: only loopback in the guest");
+                value.remove("path");
+                if guest.pod_network {
+                    value.insert("path".into(), POD_NETWORK.into());
                 }
                 continue;
             }

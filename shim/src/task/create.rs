@@ -22,7 +22,12 @@ use crate::{
     hooks::{self, Runner},
     mounts::{Plan, Tree},
     refusal::unsupported,
-    sandbox::{self, Pod, deadline, state::check_id, vsock},
+    sandbox::{
+        self, Pod, deadline,
+        network::{self, namespace::Namespace},
+        state::check_id,
+        vsock,
+    },
     spec::{self, Cpus, Guest, Host, Spec},
     stdio::{Io, Paths, Pumps},
 };
@@ -132,6 +137,9 @@ impl Shared {
                 return Err(sandbox::Error::Ended(end).into());
             }
             spec.report_excess(pod.size());
+            if let Some(path) = spec.network() {
+                pod.network().namespace().check_member(path)?;
+            }
             pod.add_trees(trees).await?;
             return Ok(pod);
         }
@@ -141,7 +149,19 @@ impl Shared {
         }
         sandbox::preflight(&self.config).await?;
         let size = spec.size(&self.config, Host::this())?;
-        let (pod, ready) = Pod::start(&self.config, &self.namespace, &self.pod_id, bundle, size)?;
+        let network = match spec.network() {
+            Some(path) => Namespace::for_pod(path)?,
+            None => Namespace::fresh()
+                .map_err(|e| sandbox::Error::from(network::Error::Namespace(e)))?,
+        };
+        let (pod, ready) = Pod::start(
+            &self.config,
+            &self.namespace,
+            &self.pod_id,
+            bundle,
+            size,
+            network,
+        )?;
         self.state().pod = Some(pod.clone());
         let shared = self.clone();
         let watched = pod.clone();
@@ -149,8 +169,12 @@ impl Shared {
             watched.ended().await;
             shared.machine_ended(&watched).await;
         });
-        // The rootfs is prepared while the guest boots.
-        let started = tokio::try_join!(pod.ready(ready), pod.add_trees(trees));
+        // The rootfs and the taps are prepared while the guest boots.
+        let started = async {
+            tokio::try_join!(pod.ready(ready), pod.add_trees(trees), pod.prepare_network())?;
+            pod.update_network().await
+        };
+        let started = started.await;
         if let Err(error) = started {
             // A broken file server says less than the machine's own end.
             let error = match (pod.end(), error) {
@@ -161,6 +185,7 @@ impl Shared {
             self.state().pod = None;
             return Err(error.into());
         }
+        network::follow::start(&pod, pod.network());
         tracing::info!(vmm = pod.pid(), ?size, "the machine is ready");
         Ok(pod)
     }
@@ -182,6 +207,7 @@ impl Shared {
             init_pid: first
                 .filter(|c| c.init.exit().is_none())
                 .map(|c| c.made.init_pid),
+            pod_network: req.id == self.pod_id || spec.network().is_some(),
         })?;
         if let Err(error) = hooks.remember() {
             tracing::warn!(%error, "should the shim die, poststop hooks will not run");

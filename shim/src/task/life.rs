@@ -41,7 +41,14 @@ impl Shared {
             });
         }
         process.begin_stdin();
-        if let Err(error) = self.start_in_guest(&container, exec_id).await {
+        let started = async {
+            if exec_id.is_empty() {
+                // Docker, and ctr with CNI, plug in after create.
+                container.pod.update_network().await?;
+            }
+            self.start_in_guest(&container, exec_id).await
+        };
+        if let Err(error) = started.await {
             // Never started, so no event; but who waits gets an answer.
             process.stop(killed(NOT_STARTED));
             return Err(error);

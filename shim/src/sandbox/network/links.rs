@@ -27,6 +27,9 @@ use super::{netlink::Netlink, tap};
 /// A MAC.
 pub type Mac = [u8; 6];
 
+/// The smallest MTU of IPv4 (RFC 791).
+const MTU_MIN: u32 = 68;
+
 /// An interface that the guest shall have.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Link {
@@ -77,7 +80,7 @@ impl State {
                     RouteNetlinkMessage::NewAddress(address) => {
                         state.addresses.extend(self::address(&address));
                     }
-                    RouteNetlinkMessage::NewRoute(route) => state.routes.extend(routes(&route)),
+                    RouteNetlinkMessage::NewRoute(route) => state.routes.extend(self::route(&route)),
                     RouteNetlinkMessage::NewNeighbour(neighbour) => {
                         state.neighbours.extend(self::neighbour(&neighbour));
                     }
@@ -103,7 +106,7 @@ impl State {
                 LinkAttribute::Address(mac) => {
                     link.mac = mac.as_slice().try_into().unwrap_or_default();
                 }
-                LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+                LinkAttribute::Mtu(mtu) => link.mtu = (*mtu).clamp(MTU_MIN, tap::MTU_MAX),
                 LinkAttribute::Controller(of) => port = *of != 0,
                 _ => {}
             }
@@ -194,18 +197,22 @@ fn routes_of(family: AddressFamily) -> RouteNetlinkMessage {
     RouteNetlinkMessage::GetRoute(message)
 }
 
-/// One route, or one for each next hop: the guest then uses the first that the kernel takes.
-fn routes(message: &RouteMessage) -> Vec<(Option<u32>, agent::Route)> {
+/// A route of the main table that the guest shall have, with the number of its interface. Of several next hops it gets the first.
+fn route(message: &RouteMessage) -> Option<(Option<u32>, agent::Route)> {
     let header = &message.header;
     let mut route = agent::Route::new();
     let mut table = u32::from(header.table);
     let mut through = None;
-    let mut hops = None;
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Table(number) => table = *number,
             RouteAttribute::Oif(index) => through = Some(*index),
-            RouteAttribute::MultiPath(list) => hops = Some(list),
+            RouteAttribute::MultiPath(hops) => {
+                if let Some(hop) = hops.first() {
+                    through = Some(hop.interface_index);
+                    set_gateway(&mut route, &hop.attributes);
+                }
+            }
             RouteAttribute::Destination(to) => {
                 if let Some(ip) = ip(to) {
                     route.destination = format!("{ip}/{}", header.destination_prefix_length);
@@ -223,37 +230,19 @@ fn routes(message: &RouteMessage) -> Vec<(Option<u32>, agent::Route)> {
             _ => {}
         }
     }
-    let wanted = matches!(
-        header.kind,
-        RouteType::Unicast | RouteType::BlackHole | RouteType::Unreachable | RouteType::Prohibit
-    );
-    if table != u32::from(RouteHeader::RT_TABLE_MAIN)
-        || !wanted
-        || header.flags.contains(RouteFlags::Cloned)
-    {
-        return Vec::new();
-    }
+    set_gateway(&mut route, &message.attributes);
     route.scope = u32::from(u8::from(header.scope));
     route.type_ = u32::from(u8::from(header.kind));
     route.protocol = u32::from(u8::from(header.protocol));
     route.onlink = header.flags.contains(RouteFlags::Onlink);
     route.ipv6 = header.address_family == AddressFamily::Inet6;
-    if header.kind != RouteType::Unicast {
-        return vec![(None, route)];
-    }
-    match hops {
-        Some(hops) => hops
-            .iter()
-            .map(|hop| {
-                let mut route = route.clone();
-                set_gateway(&mut route, &hop.attributes);
-                (Some(hop.interface_index), route)
-            })
-            .collect(),
-        None => {
-            set_gateway(&mut route, &message.attributes);
-            through.map(|index| (Some(index), route)).into_iter().collect()
-        }
+    let main = table == u32::from(RouteHeader::RT_TABLE_MAIN);
+    let cached = header.flags.contains(RouteFlags::Cloned);
+    match header.kind {
+        _ if !main || cached => None,
+        RouteType::Unicast => through.map(|index| (Some(index), route)),
+        RouteType::BlackHole | RouteType::Unreachable | RouteType::Prohibit => Some((None, route)),
+        _ => None,
     }
 }
 

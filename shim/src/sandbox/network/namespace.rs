@@ -113,9 +113,14 @@ impl Namespace {
         self.identity
     }
 
-    /// Whether `path` leads to it.
-    pub fn is_at(&self, path: &Path) -> bool {
-        fs::metadata(path).is_ok_and(|m| (m.dev(), m.ino()) == self.identity)
+    /// Refuses a path of another container of the pod that leads elsewhere.
+    pub fn check_member(&self, path: &Path) -> Result<(), Refusal> {
+        if fs::metadata(path).is_ok_and(|m| (m.dev(), m.ino()) == self.identity) {
+            return Ok(());
+        }
+        let shown = printable(&path.display().to_string(), QUOTE_MAX);
+        let why = format!("{shown} is not the network namespace of the pod; leave the path empty for one without network");
+        Err(unsupported(FIELD, why))
     }
 
     /// Runs `job` in it, on a thread of its own.

@@ -13,8 +13,6 @@ use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use rustix::net::sockopt;
 
-use super::namespace::Namespace;
-
 /// How often a dump is repeated that changed while it was read.
 const DUMPS: usize = 8;
 /// Bytes of a header (netlink(7)).
@@ -27,18 +25,14 @@ pub struct Netlink {
 }
 
 impl Netlink {
-    /// A socket in the namespace.
-    pub fn open(namespace: &Namespace) -> io::Result<Self> {
-        let socket = namespace.run(|| {
-            let mut socket = Socket::new(NETLINK_ROUTE)?;
-            socket.bind_auto()?;
-            socket.connect(&SocketAddr::new(0, 0))?;
-            Ok(socket)
-        })?;
+    /// A socket in the namespace of the calling thread.
+    pub fn open() -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        socket.bind_auto()?;
+        socket.connect(&SocketAddr::new(0, 0))?;
         // The kernel answers at once; nothing of ours may hang on it all the same.
         let limit = Some(std::time::Duration::from_secs(5));
-        let fd = super::borrow(&socket);
-        sockopt::set_socket_timeout(fd, sockopt::Timeout::Recv, limit)?;
+        sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, limit)?;
         Ok(Self {
             socket,
             sequence: 0,

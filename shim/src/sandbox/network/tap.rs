@@ -20,6 +20,8 @@ use super::{namespace::Namespace, netlink::Netlink};
 
 /// How the names of our taps begin.
 pub const PREFIX: &str = "bhtap";
+/// The largest MTU of a tap: what IP can say, less an Ethernet header.
+pub const MTU_MAX: u32 = 65_521;
 /// if_tun.h: `_IOW('T', 202, int)`.
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
 /// vhost.h: `_IOR(0xaf, 0, __u64)`.

@@ -1,0 +1,93 @@
+//! Following the namespace: the kernel tells of changes by multicast (rtnetlink(7), groups); after a short rest the state is read again.
+
+use std::{io, sync::Arc, time::Duration};
+
+use netlink_sys::{Socket, protocols::NETLINK_ROUTE};
+use tokio::{io::unix::AsyncFd, time::sleep};
+
+use super::Network;
+use crate::sandbox::Pod;
+
+/// How long to wait for more: an interface comes with its addresses and routes, and each tells of itself.
+const REST: Duration = Duration::from_millis(30);
+/// How long to wait after a failure.
+const AFTER_FAILURE: Duration = Duration::from_secs(2);
+/// rtnetlink.h: links, neighbours, addresses and routes of IPv4, the same of IPv6.
+const GROUPS: [u32; 6] = [1, 3, 5, 7, 9, 11];
+
+/// The kernel's words.
+pub struct Changes(AsyncFd<Socket>);
+
+/// A socket for changes of the calling thread's namespace.
+pub fn socket() -> io::Result<Socket> {
+    let mut socket = Socket::new(NETLINK_ROUTE)?;
+    socket.bind_auto()?;
+    for group in GROUPS {
+        socket.add_membership(group)?;
+    }
+    socket.set_non_blocking(true)?;
+    Ok(socket)
+}
+
+impl Changes {
+    /// In the runtime of the caller.
+    pub fn new(socket: Socket) -> io::Result<Self> {
+        Ok(Self(AsyncFd::register(socket)?))
+    }
+
+    /// Waits for a change.
+    async fn next(&self) -> io::Result<()> {
+        loop {
+            let mut ready = self.0.readable().await?;
+            let changed = self.drain()?;
+            ready.clear_ready();
+            if changed {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Reads what there is, and tells whether it was anything.
+    fn drain(&self) -> io::Result<bool> {
+        let mut changed = false;
+        let mut buffer = Vec::with_capacity(8192);
+        loop {
+            buffer.clear();
+            match self.0.get_ref().recv(&mut buffer, 0) {
+                Ok(_) => changed = true,
+                // More than the socket holds: then something has changed.
+                Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => changed = true,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(changed),
+                Err(e) => return Err(e),
+            }
+        }
+    }
+}
+
+/// Follows the namespace of a running pod to its end.
+pub fn start(pod: &Arc<Pod>, network: &Arc<Network>) {
+    let (pod, network) = (pod.clone(), network.clone());
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = pod.ended() => {}
+            error = follow(&pod, &network) => tracing::error!(%error, "the pod's network is no more followed"),
+        }
+    });
+}
+
+async fn follow(pod: &Pod, network: &Arc<Network>) -> io::Error {
+    loop {
+        if let Err(error) = network.changes.next().await {
+            return error;
+        }
+        sleep(REST).await;
+        if let Err(error) = network.changes.drain() {
+            return error;
+        }
+        let Ok(agent) = pod.agent() else { continue };
+        if let Err(error) = network.update(Some(agent), false).await {
+            tracing::error!(%error, "following the pod's network");
+            sleep(AFTER_FAILURE).await;
+        }
+    }
+}
