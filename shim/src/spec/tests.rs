@@ -55,13 +55,22 @@ fn sent(spec: &Value) -> Value {
 }
 
 #[test]
-fn fields_nobody_here_knows_reach_the_agent_and_the_network_path_does_not() {
+fn fields_nobody_here_knows_reach_the_agent_and_the_network_path_becomes_the_guests() {
     let spec = parse(&good()).unwrap();
     assert_eq!(spec.root, Path::new("/b/rootfs"));
     assert!(spec.root_readonly);
     let sent = sent(&good());
     assert_eq!(sent["linux"]["unknownField"]["kept"], true);
-    assert!(sent["linux"]["namespaces"][1].get("path").is_none());
+    assert_eq!(sent["linux"]["namespaces"][1]["path"], "/proc/1/ns/net");
+    // Another container of the pod, which wants a network of its own.
+    let own = with("/linux/namespaces", json!([{"type":"network"}]));
+    let mut spec = parse(&own).unwrap();
+    spec.translate(Guest {
+        pod_network: false,
+        ..GUEST
+    })
+    .unwrap();
+    assert!(spec.value["linux"]["namespaces"][0].get("path").is_none());
 }
 
 #[test]
@@ -330,7 +339,6 @@ fn the_pid_that_containerd_knows_means_the_pods_first_container() {
     assert_eq!(sent["linux"]["namespaces"][2]["path"], "/proc/77/ns/uts");
     let alone = Guest {
         init_pid: None,
-        pod_network: true,
         ..GUEST
     };
     let mut spec = parse(&spec).unwrap();

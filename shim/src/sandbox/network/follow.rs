@@ -1,6 +1,10 @@
 //! Following the namespace: the kernel tells of changes by multicast (rtnetlink(7), groups); after a short rest the state is read again.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    io,
+    sync::{Arc, PoisonError},
+    time::Duration,
+};
 
 use netlink_sys::{Socket, protocols::NETLINK_ROUTE};
 use tokio::{io::unix::AsyncFd, time::sleep};
@@ -16,7 +20,7 @@ const AFTER_FAILURE: Duration = Duration::from_secs(2);
 const GROUPS: [u32; 6] = [1, 3, 5, 7, 9, 11];
 
 /// The kernel's words.
-pub struct Changes(AsyncFd<Socket>);
+struct Changes(AsyncFd<Socket>);
 
 /// A socket for changes of the calling thread's namespace.
 pub fn socket() -> io::Result<Socket> {
@@ -31,8 +35,10 @@ pub fn socket() -> io::Result<Socket> {
 
 impl Changes {
     /// In the runtime of the caller.
-    pub fn new(socket: Socket) -> io::Result<Self> {
-        Ok(Self(AsyncFd::register(socket)?))
+    fn new(socket: Socket) -> io::Result<Self> {
+        // SAFETY: the socket owns its descriptor and gives the same one until it is dropped, which is after the registration.
+        let registered = unsafe { AsyncFd::register(socket) };
+        Ok(Self(registered?))
     }
 
     /// Waits for a change.
@@ -66,22 +72,28 @@ impl Changes {
 
 /// Follows the namespace of a running pod to its end.
 pub fn start(pod: &Arc<Pod>, network: &Arc<Network>) {
+    let mut changes = network.changes.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(socket) = changes.take() else { return };
     let (pod, network) = (pod.clone(), network.clone());
     tokio::spawn(async move {
         tokio::select! {
             _ = pod.ended() => {}
-            error = follow(&pod, &network) => tracing::error!(%error, "the pod's network is no more followed"),
+            error = follow(&pod, &network, socket) => tracing::error!(%error, "the pod's network is no more followed"),
         }
     });
 }
 
-async fn follow(pod: &Pod, network: &Arc<Network>) -> io::Error {
+async fn follow(pod: &Pod, network: &Arc<Network>, socket: Socket) -> io::Error {
+    let changes = match Changes::new(socket) {
+        Ok(changes) => changes,
+        Err(error) => return error,
+    };
     loop {
-        if let Err(error) = network.changes.next().await {
+        if let Err(error) = changes.next().await {
             return error;
         }
         sleep(REST).await;
-        if let Err(error) = network.changes.drain() {
+        if let Err(error) = changes.drain() {
             return error;
         }
         let Ok(agent) = pod.agent() else { continue };

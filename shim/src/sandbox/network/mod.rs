@@ -38,11 +38,11 @@ use netlink_packet_route::{
     RouteNetlinkMessage,
     link::{LinkFlags, LinkMessage},
 };
+use netlink_sys::Socket;
 use serde_json::json;
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use self::{
-    follow::Changes,
     links::{Link, State},
     namespace::Namespace,
     netlink::Netlink,
@@ -122,7 +122,8 @@ pub struct Network {
     engine: Engine,
     pairs: usize,
     served: Arc<Mutex<Served>>,
-    changes: Changes,
+    /// What the kernel tells, until somebody follows it.
+    changes: std::sync::Mutex<Option<Socket>>,
 }
 
 /// What is done so far. Whoever holds it is the only one who changes anything.
@@ -185,7 +186,7 @@ impl Network {
                 sent: Some(SetNetworkRequest::new()),
                 closed: false,
             })),
-            changes: Changes::new(changes).map_err(Error::Namespace)?,
+            changes: std::sync::Mutex::new(Some(changes)),
         }))
     }
 

@@ -40,7 +40,7 @@ pub fn make(namespace: &Namespace, slot: usize, queues: usize) -> io::Result<Tap
     let name = format!("{PREFIX}{slot}");
     namespace.run(|| {
         let queues = (0..queues.max(1))
-            .map(|_| open_queue(&name, queues > 1))
+            .map(|number| open_queue(&name, number, queues > 1))
             .collect::<io::Result<_>>()?;
         let index = rustix::net::netdevice::name_to_index(
             rustix::net::socket(
@@ -54,7 +54,7 @@ pub fn make(namespace: &Namespace, slot: usize, queues: usize) -> io::Result<Tap
     })
 }
 
-fn open_queue(name: &str, several: bool) -> io::Result<OwnedFd> {
+fn open_queue(name: &str, number: usize, several: bool) -> io::Result<OwnedFd> {
     let file = File::options()
         .read(true)
         .write(true)
@@ -63,6 +63,9 @@ fn open_queue(name: &str, several: bool) -> io::Result<OwnedFd> {
     let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
     if several {
         flags |= libc::IFF_MULTI_QUEUE;
+    }
+    if number == 0 {
+        flags |= libc::IFF_TUN_EXCL; // Never a tap that is there already.
     }
     // SAFETY: all zeroes is a valid ifreq.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };

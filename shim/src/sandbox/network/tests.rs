@@ -1,7 +1,7 @@
 //! Against this machine's kernel, in namespaces of the tests' own; the VMM is a thread that keeps the taps it is given.
 
 use std::{
-    io::{BufRead, BufReader, Read, Write},
+    io::{Read, Write},
     mem::MaybeUninit,
     os::fd::{AsFd, OwnedFd},
     process::Command,
@@ -39,7 +39,7 @@ fn vmm(dir: &Path) -> Taps {
             let mut control = RecvAncillaryBuffer::new(&mut space);
             let mut buffer = [0; 1000];
             let mut iov = [io::IoSliceMut::new(&mut buffer)];
-            let got = recvmsg(&stream, &mut iov, &mut control, RecvFlags::empty()).unwrap();
+            let got = recvmsg(&stream, &mut iov, &mut control, RecvFlags::CMSG_CLOEXEC).unwrap();
             if got.bytes == 0 {
                 return;
             }
@@ -246,11 +246,7 @@ fn frames_pass_both_ways_and_a_forged_source_does_not() {
         frame.extend([10, 9, 0, 1]);
         frame
     };
-    let answers = outside
-        .run(|| std::fs::read_to_string("/sys/class/net/out0/statistics/rx_packets"))
-        .unwrap();
-    drop(answers);
-    let count = || sh(&outside, "ip -s -j link show dev out0 | grep -o '\"rx\":{[^}]*packets\":[0-9]*'");
+    let count = || sh(&outside, "ip -s link show dev out0 | sed -n 4p");
     let before = count();
     let forged = ask([2, 0, 0, 0, 0, 0x12]);
     tap.write_all(&forged).unwrap();
@@ -382,6 +378,4 @@ fn what_fails_is_named_and_leaves_nothing() {
 #[test]
 fn a_slot_is_named_as_the_agent_and_the_vmm_know_it() {
     assert_eq!((slot_id(3), slot_mac(3)), ("n3".into(), "02:62:6b:00:00:03".into()));
-    let mut line = String::new();
-    assert_eq!(BufReader::new(io::empty()).read_line(&mut line).unwrap(), 0);
 }
