@@ -110,7 +110,7 @@ fn inspect(namespace: &str, id: &str) -> anyhow::Result<ExitCode> {
         dir.display()
     );
     let report = Client::new(dir.join("control.sock"))
-        .request_blocking(&control::op("report"), None)
+        .request_blocking(&control::op("report"), &[])
         .context("asking the VMM")?;
     let emulator = report.get("emulator_pid").and_then(Value::as_i64);
     let pids = [

@@ -171,7 +171,11 @@ impl Shared {
         });
         // The rootfs and the taps are prepared while the guest boots.
         let started = async {
-            tokio::try_join!(pod.ready(ready), pod.add_trees(trees), pod.prepare_network())?;
+            tokio::try_join!(
+                pod.ready(ready),
+                pod.add_trees(trees),
+                pod.prepare_network()
+            )?;
             pod.update_network().await
         };
         let started = started.await;

@@ -72,7 +72,10 @@ impl Changes {
 
 /// Follows the namespace of a running pod to its end.
 pub fn start(pod: &Arc<Pod>, network: &Arc<Network>) {
-    let mut changes = network.changes.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut changes = network
+        .changes
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
     let Some(socket) = changes.take() else { return };
     let (pod, network) = (pod.clone(), network.clone());
     tokio::spawn(async move {

@@ -17,8 +17,7 @@ use netlink_packet_route::{
     link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage},
     neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
     route::{
-        RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric,
-        RouteType,
+        RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteType,
     },
 };
 
@@ -80,7 +79,9 @@ impl State {
                     RouteNetlinkMessage::NewAddress(address) => {
                         state.addresses.extend(self::address(&address));
                     }
-                    RouteNetlinkMessage::NewRoute(route) => state.routes.extend(self::route(&route)),
+                    RouteNetlinkMessage::NewRoute(route) => {
+                        state.routes.extend(self::route(&route))
+                    }
                     RouteNetlinkMessage::NewNeighbour(neighbour) => {
                         state.neighbours.extend(self::neighbour(&neighbour));
                     }

@@ -235,7 +235,11 @@ impl Network {
             self.unplug_changed(served, slot, &state);
         }
         for link in state.links.values() {
-            let has_slot = served.slots.iter().flatten().any(|s| s.link.index == link.index);
+            let has_slot = served
+                .slots
+                .iter()
+                .flatten()
+                .any(|s| s.link.index == link.index);
             if has_slot || served.failed.contains(&link.index) {
                 continue;
             }
@@ -253,7 +257,9 @@ impl Network {
                 failure.get_or_insert(error);
             }
         }
-        served.failed.retain(|index| state.links.contains_key(index));
+        served
+            .failed
+            .retain(|index| state.links.contains_key(index));
         let taken = served.slots.iter().enumerate();
         let taken: Vec<_> = taken
             .filter_map(|(n, slot)| Some((slot.as_ref()?.link.index, slot_mac(n))))
@@ -325,14 +331,14 @@ impl Network {
             Engine::Kvm => tap::vhost(queues),
             Engine::Emulated => Vec::new(),
         };
-        let request = |vhost: usize| {
-            json!({ "op": "attach-net", "slot": slot_id(number), "mac": links::mac_text(&link.mac), "vhost": vhost })
-        };
+        let request = |vhost: usize| json!({ "op": "attach-net", "slot": slot_id(number), "mac": links::mac_text(&link.mac), "vhost": vhost });
         let mut fds = tap.queues;
         let with = vhost.len();
         fds.extend(vhost);
         let mut result = self.control.request_blocking(&request(with), &fds);
-        if with > 0 && let Err(control::Error::Refused { message, .. }) = &result {
+        if with > 0
+            && let Err(control::Error::Refused { message, .. }) = &result
+        {
             tracing::warn!(link = link.name, message, "not by vhost-net");
             fds.truncate(queues);
             result = self.control.request_blocking(&request(0), &fds);
@@ -396,9 +402,17 @@ async fn tell(
 fn check_limits(request: &SetNetworkRequest) -> Result<(), Error> {
     let addresses = request.interfaces.iter().map(|i| i.addresses.len()).max();
     for (what, count, max) in [
-        ("addresses on an interface", addresses.unwrap_or(0), ADDRESSES_MAX),
+        (
+            "addresses on an interface",
+            addresses.unwrap_or(0),
+            ADDRESSES_MAX,
+        ),
         ("routes", request.routes.len(), ROUTES_MAX),
-        ("permanent neighbours", request.neighbours.len(), NEIGHBOURS_MAX),
+        (
+            "permanent neighbours",
+            request.neighbours.len(),
+            NEIGHBOURS_MAX,
+        ),
     ] {
         if count > max {
             return Err(Error::Limit { what, max });

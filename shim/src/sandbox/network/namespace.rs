@@ -86,7 +86,10 @@ impl Namespace {
             .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
             .open(path)?;
         let no = || io::Error::other("is no network namespace");
-        #[allow(clippy::useless_conversion, reason = "the type differs between C libraries")]
+        #[allow(
+            clippy::useless_conversion,
+            reason = "the type differs between C libraries"
+        )]
         if i64::from(rustix::fs::fstatfs(&file)?.f_type) != NSFS_MAGIC {
             return Err(no());
         }
@@ -119,7 +122,9 @@ impl Namespace {
             return Ok(());
         }
         let shown = printable(&path.display().to_string(), QUOTE_MAX);
-        let why = format!("{shown} is not the network namespace of the pod; leave the path empty for one without network");
+        let why = format!(
+            "{shown} is not the network namespace of the pod; leave the path empty for one without network"
+        );
         Err(unsupported(FIELD, why))
     }
 
@@ -170,14 +175,19 @@ mod tests {
         assert_ne!(inside.unwrap(), before);
         assert_eq!(fs::read_link("/proc/thread-self/ns/net").unwrap(), before);
         let inode = namespace.identity().1;
-        let path = namespace.run(|| fs::read_link("/proc/thread-self/ns/net")).unwrap();
+        let path = namespace
+            .run(|| fs::read_link("/proc/thread-self/ns/net"))
+            .unwrap();
         assert_eq!(path, PathBuf::from(format!("net:[{inode}]")));
     }
 
     #[test]
     fn the_hosts_network_another_processs_and_what_is_no_namespace_are_refused_by_name() {
         let text = refused("/proc/1/ns/net");
-        assert!(text.starts_with(FIELD) && text.contains("another process"), "{text}");
+        assert!(
+            text.starts_with(FIELD) && text.contains("another process"),
+            "{text}"
+        );
         assert!(refused("/no/such").contains("No such file"));
         assert!(refused("/dev/null").contains("is no network namespace"));
         assert!(refused("/etc/hostname").contains("is no network namespace"));

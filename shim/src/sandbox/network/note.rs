@@ -56,7 +56,13 @@ pub fn clean(dir: &Path) {
     let file = dir.join(FILE);
     let Ok(text) = fs::metadata(&file)
         .map(|m| m.len() <= FILE_MAX)
-        .and_then(|small| if small { fs::read(&file) } else { Ok(Vec::new()) })
+        .and_then(|small| {
+            if small {
+                fs::read(&file)
+            } else {
+                Ok(Vec::new())
+            }
+        })
     else {
         return;
     };

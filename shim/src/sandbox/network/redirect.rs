@@ -72,8 +72,7 @@ pub fn has_qdisc(netlink: &mut Netlink, link: u32) -> io::Result<bool> {
     let found = netlink.dump(&request)?;
     Ok(found.iter().any(|message| match message {
         RouteNetlinkMessage::NewQueueDiscipline(qdisc) => {
-            qdisc.header.index.cast_unsigned() == link
-                && qdisc.header.parent == TcHandle::INGRESS
+            qdisc.header.index.cast_unsigned() == link && qdisc.header.parent == TcHandle::INGRESS
         }
         _ => false,
     }))
@@ -178,5 +177,8 @@ fn drop_frame() -> TcAction {
     // struct tc_gact: index, capab, action, refcnt, bindcnt.
     let fields = [0, 0, TC_ACT_SHOT, 0, 0];
     let bytes = fields.iter().flat_map(|f: &i32| f.to_ne_bytes()).collect();
-    action("gact", TcActionOption::Other(DefaultNla::new(TCA_GACT_PARMS, bytes)))
+    action(
+        "gact",
+        TcActionOption::Other(DefaultNla::new(TCA_GACT_PARMS, bytes)),
+    )
 }

@@ -11,9 +11,7 @@ use std::{
 
 use netlink_packet_route::{
     RouteNetlinkMessage,
-    link::{
-        AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkFlags, LinkMessage,
-    },
+    link::{AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkFlags, LinkMessage},
 };
 
 use super::{namespace::Namespace, netlink::Netlink};
@@ -85,9 +83,9 @@ pub fn raise(netlink: &mut Netlink, index: u32, mtu: u32) -> io::Result<()> {
     let mut quiet = LinkMessage::default();
     quiet.header.index = index;
     let no_address = AfSpecInet6::AddrGenMode(In6AddrGenMode::None);
-    quiet.attributes = vec![LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![
-        no_address,
-    ])])];
+    quiet.attributes = vec![LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(
+        vec![no_address],
+    )])];
     // A host without IPv6 knows nothing of it.
     let _ = netlink.change(RouteNetlinkMessage::SetLink(quiet), 0);
     set_mtu(netlink, index, mtu)?;
@@ -109,7 +107,10 @@ pub fn set_mtu(netlink: &mut Netlink, index: u32, mtu: u32) -> io::Result<()> {
 /// Descriptors of vhost-net, one for each queue; none where the host has no such thing.
 pub fn vhost(queues: usize) -> Vec<OwnedFd> {
     let open = || -> io::Result<OwnedFd> {
-        let file = File::options().read(true).write(true).open("/dev/vhost-net")?;
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/vhost-net")?;
         let mut features = 0_u64;
         // SAFETY: the request writes the eight bytes that are given, which live until it returns.
         if unsafe { libc::ioctl(file.as_raw_fd(), VHOST_GET_FEATURES, &raw mut features) } != 0 {
@@ -117,5 +118,8 @@ pub fn vhost(queues: usize) -> Vec<OwnedFd> {
         }
         Ok(file.into())
     };
-    (0..queues).map(|_| open()).collect::<io::Result<_>>().unwrap_or_default()
+    (0..queues)
+        .map(|_| open())
+        .collect::<io::Result<_>>()
+        .unwrap_or_default()
 }
