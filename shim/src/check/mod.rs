@@ -7,7 +7,10 @@ use std::{fmt, path::Path};
 
 use serde::Serialize;
 
-use crate::config::{Config, Engine, Error as ConfigError};
+use crate::{
+    config::{Config, Engine, Error as ConfigError},
+    sandbox::network,
+};
 
 /// Columns of the printed report.
 const WIDTH: usize = 100;
@@ -109,6 +112,7 @@ pub fn check(config: Result<Config, ConfigError>) -> Report {
         items.extend(installed(config));
     }
     items.extend([containerd_item(), shim_item()]);
+    items.push(network_item());
     items.extend(vhost_items());
     conclude(items, config.ok().map(|c| c.engine))
 }
@@ -326,22 +330,36 @@ fn shim_item() -> Item {
     item("shim", Stops::Installed, result).or_warn()
 }
 
+fn network_item() -> Item {
+    let result = match network::missing() {
+        None => Ok("taps and redirects (sch_ingress, cls_u32, act_mirred) work".into()),
+        Some(missing) => Err((
+            format!("{missing}: pods have loopback only"),
+            "load the module, or use a kernel that has it (CONFIG_TUN, CONFIG_NET_SCH_INGRESS, CONFIG_NET_CLS_U32, CONFIG_NET_ACT_MIRRED)",
+        )),
+    };
+    item("network", Stops::Host, result).or_warn()
+}
+
 /// For information: Bulkhead does without.
 fn vhost_items() -> Vec<Item> {
-    [
-        ("vhost-net", "/dev/vhost-net"),
-        ("vhost-vsock", "/dev/vhost-vsock"),
+    let there = |there| if there { "there" } else { "not there" };
+    let net = there(network::has_vhost());
+    let vsock = there(Path::new("/dev/vhost-vsock").exists());
+    vec![
+        item(
+            "vhost-net",
+            Stops::Host,
+            Ok(format!(
+                "/dev/vhost-net is {net} (makes the network faster)"
+            )),
+        ),
+        item(
+            "vhost-vsock",
+            Stops::Host,
+            Ok(format!("/dev/vhost-vsock is {vsock} (not needed)")),
+        ),
     ]
-    .map(|(name, path)| {
-        let there = if Path::new(path).exists() {
-            "there"
-        } else {
-            "not there"
-        };
-        let text = format!("{path} is {there} (not needed)");
-        item(name, Stops::Host, Ok(text))
-    })
-    .into()
 }
 
 impl fmt::Display for Report {

@@ -8,7 +8,10 @@ use std::{
         unix::net::UnixStream,
     },
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -60,6 +63,7 @@ pub enum Error {
 pub struct Client {
     path: PathBuf,
     connection: Arc<Mutex<Option<UnixStream>>>,
+    over: Arc<AtomicBool>,
 }
 
 impl Client {
@@ -68,7 +72,13 @@ impl Client {
         Self {
             path: path.into(),
             connection: Arc::default(),
+            over: Arc::default(),
         }
+    }
+
+    /// The peer is gone: nobody waits for it any more.
+    pub fn end(&self) {
+        self.over.store(true, Ordering::Relaxed);
     }
 
     /// Sends `request` with descriptors, and gives back what is `ok` in the answer.
@@ -100,7 +110,7 @@ impl Client {
     ) -> Result<Value, Error> {
         let stream = match slot {
             Some(stream) => stream,
-            None => slot.insert(connect(&self.path).map_err(|e| self.io(e))?),
+            None => slot.insert(connect(&self.path, &self.over).map_err(|e| self.io(e))?),
         };
         send(stream, &format!("{request}\n"), fds).map_err(|e| self.io(e))?;
         let line = read_line(stream).map_err(|e| self.io(e))?;
@@ -158,7 +168,7 @@ fn parse_answer(line: &[u8]) -> Result<Value, Option<String>> {
 }
 
 /// Connects; the peer was started a moment ago, and has no way to tell when its socket listens.
-fn connect(path: &Path) -> io::Result<UnixStream> {
+fn connect(path: &Path, over: &AtomicBool) -> io::Result<UnixStream> {
     let end = Instant::now() + LISTEN;
     let mut pause = Duration::from_micros(500);
     loop {
@@ -173,6 +183,7 @@ fn connect(path: &Path) -> io::Result<UnixStream> {
                     e.kind(),
                     io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
                 ) && Instant::now() < end
+                    && !over.load(Ordering::Relaxed)
                     // The folder is gone when the pod is.
                     && path.parent().is_some_and(Path::exists) =>
             {

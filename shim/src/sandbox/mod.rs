@@ -129,6 +129,7 @@ impl Pod {
         let network = Network::new(namespace, dir, control.clone(), config.engine, size.vcpus)?;
         let net = Net::Of(network.namespace().as_fd());
         let (vmm, vmm_id) = child(&config.vmm, dir, "vmm", &for_vmm, net, Vec::new())?;
+        network.set_vmm(vmm_id.pid.unsigned_abs());
         let workers = for_fs
             .iter()
             .flat_map(|fd| ["--worker-fd".to_owned(), fd.as_raw_fd().to_string()])

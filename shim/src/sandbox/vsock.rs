@@ -25,7 +25,7 @@ pub async fn connect(socket: &Path, port: u32) -> io::Result<UnixStream> {
         stream
             .write_all(format!("CONNECT {port}\n").as_bytes())
             .await?;
-        let line = read_line(&mut stream).await?;
+        let line = read_line(&mut stream, LINE_MAX).await?;
         if line.starts_with("OK ") {
             return Ok(stream);
         }
@@ -61,7 +61,7 @@ pub async fn connect_stream(
 pub async fn accept_ready(listener: &UnixListener) -> io::Result<String> {
     loop {
         let (mut stream, _) = listener.accept().await?;
-        let line = read_line(&mut stream).await?;
+        let line = read_line(&mut stream, LINE_MAX).await?;
         match line.strip_prefix("ready ") {
             Some(version) => return Ok(version.to_owned()),
             None => tracing::warn!(?line, "unexpected line on the ready port"),
@@ -70,12 +70,12 @@ pub async fn accept_ready(listener: &UnixListener) -> io::Result<String> {
 }
 
 /// Reads a short line byte by byte: what follows it belongs to somebody else.
-async fn read_line(stream: &mut UnixStream) -> io::Result<String> {
+pub async fn read_line(stream: &mut UnixStream, max: usize) -> io::Result<String> {
     let mut line = Vec::new();
     loop {
         match stream.read_u8().await? {
             b'\n' => return Ok(String::from_utf8_lossy(&line).into_owned()),
-            byte if line.len() < LINE_MAX => line.push(byte),
+            byte if line.len() < max => line.push(byte),
             _ => return Err(io::Error::other("line is too long")),
         }
     }
@@ -92,9 +92,9 @@ mod tests {
         let listener = UnixListener::bind(&path).unwrap();
         let guest = tokio::spawn(async move {
             let (mut stream, _) = listener.accept().await.unwrap();
-            let connect = read_line(&mut stream).await.unwrap();
+            let connect = read_line(&mut stream, LINE_MAX).await.unwrap();
             stream.write_all(b"OK 1025\nfirst").await.unwrap();
-            let header = read_line(&mut stream).await.unwrap();
+            let header = read_line(&mut stream, LINE_MAX).await.unwrap();
             (connect, header)
         });
         let mut stream = connect_stream(&path, "web", "e1", StreamKind::Stdout)

@@ -13,8 +13,10 @@ use crate::{
 pub const VCPUS: &str = "io.bulkhead.vcpus";
 /// Annotation: least memory of the pod's machine in MiB.
 pub const MEMORY: &str = "io.bulkhead.memory_mib";
+/// Annotation: whether ports that listen on the guest's loopback are reached on that of the pod's namespace.
+pub const PORT_FORWARD: &str = "io.bulkhead.port_forward";
 const PREFIX: &str = "io.bulkhead.";
-const KNOWN: [&str; 2] = [VCPUS, MEMORY];
+const KNOWN: [&str; 3] = [VCPUS, MEMORY, PORT_FORWARD];
 /// Annotations of containerd's CRI plugin on a pod's first container: sums over the pod's containers.
 const POD_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
 const POD_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
@@ -63,6 +65,14 @@ pub fn check_annotations(annotations: &BTreeMap<String, String>) -> Result<(), R
     if let Some(memory) = number(annotations, MEMORY)? {
         config::check_memory(memory).map_err(|why| annotation(MEMORY, why))?;
     }
+    if let Some(word) = annotations.get(PORT_FORWARD)
+        && !["on", "off"].contains(&word.as_str())
+    {
+        return Err(annotation(
+            PORT_FORWARD,
+            format!("{word:?} is neither \"on\" nor \"off\""),
+        ));
+    }
     Ok(())
 }
 
@@ -81,6 +91,14 @@ fn number(annotations: &BTreeMap<String, String>, key: &str) -> Result<Option<u6
 }
 
 impl Spec {
+    /// Whether ports are forwarded into the pod.
+    pub fn port_forward(&self) -> bool {
+        self.view
+            .annotations
+            .get(PORT_FORWARD)
+            .is_none_or(|word| word != "off")
+    }
+
     /// The size of a machine for this container and its pod: at least the configuration's or the annotations', and
     /// what the limits need, as far as the host has it.
     pub fn size(&self, config: &Config, host: Host) -> Result<Size, Refusal> {

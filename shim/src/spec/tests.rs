@@ -107,7 +107,12 @@ fn refusals_name_the_field() {
         (
             "/annotations",
             json!({"io.bulkhead.cpus":"2"}),
-            "annotations[io.bulkhead.cpus]: is unknown; there are io.bulkhead.vcpus, io.bulkhead.memory_mib",
+            "annotations[io.bulkhead.cpus]: is unknown; there are io.bulkhead.vcpus, io.bulkhead.memory_mib, io.bulkhead.port_forward",
+        ),
+        (
+            "/annotations",
+            json!({"io.bulkhead.port_forward":"no"}),
+            "annotations[io.bulkhead.port_forward]: \"no\" is neither",
         ),
         (
             "/annotations",

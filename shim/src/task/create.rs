@@ -190,6 +190,9 @@ impl Shared {
             return Err(error.into());
         }
         network::follow::start(&pod, pod.network());
+        if spec.port_forward() {
+            network::forward::start(&pod, pod.network());
+        }
         tracing::info!(vmm = pod.pid(), ?size, "the machine is ready");
         Ok(pod)
     }

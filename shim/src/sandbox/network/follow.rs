@@ -7,7 +7,10 @@ use std::{
 };
 
 use netlink_sys::{Socket, protocols::NETLINK_ROUTE};
-use tokio::{io::unix::AsyncFd, time::sleep};
+use tokio::{
+    io::unix::AsyncFd,
+    time::{sleep, timeout},
+};
 
 use super::Network;
 use crate::sandbox::Pod;
@@ -16,6 +19,8 @@ use crate::sandbox::Pod;
 const REST: Duration = Duration::from_millis(30);
 /// How long to wait after a failure.
 const AFTER_FAILURE: Duration = Duration::from_secs(2);
+/// When to look once more: Docker starts its resolver after it has plugged in, and nobody tells of that.
+const AGAIN: Duration = Duration::from_secs(1);
 /// rtnetlink.h: links, neighbours, addresses and routes of IPv4, the same of IPv6.
 const GROUPS: [u32; 6] = [1, 3, 5, 7, 9, 11];
 
@@ -91,10 +96,16 @@ async fn follow(pod: &Pod, network: &Arc<Network>, socket: Socket) -> io::Error 
         Ok(changes) => changes,
         Err(error) => return error,
     };
+    let mut again = false;
     loop {
-        if let Err(error) = changes.next().await {
+        let next = match again {
+            true => timeout(AGAIN, changes.next()).await.unwrap_or(Ok(())),
+            false => changes.next().await,
+        };
+        if let Err(error) = next {
             return error;
         }
+        again = !again;
         sleep(REST).await;
         if let Err(error) = changes.drain() {
             return error;

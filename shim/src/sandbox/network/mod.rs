@@ -9,14 +9,17 @@
 //! The VMM runs in the namespace, so whoever plugs in by the task's pid finds it. Each interface but loopback gets a free slot of the
 //! machine, a tap and the redirect between both; then the agent is told the whole state. The same is done again when the kernel tells of
 //! a change, and before a container starts. `namespace.rs` opens it, `links.rs` reads it, `tap.rs` and `redirect.rs` change it, `note.rs`
-//! remembers for `delete` what was changed, `follow.rs` waits for changes.
+//! remembers for `delete` what was changed, `follow.rs` waits for changes. `forward.rs` and `resolver.rs` carry what a namespace's loopback
+//! cannot: port-forward and Docker's resolver.
 
 pub mod follow;
+pub mod forward;
 pub mod links;
 pub mod namespace;
 mod netlink;
 pub mod note;
 mod redirect;
+mod resolver;
 mod tap;
 #[cfg(test)]
 mod tests;
@@ -25,7 +28,7 @@ use std::{
     collections::BTreeSet,
     io,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
@@ -40,7 +43,10 @@ use netlink_packet_route::{
 };
 use netlink_sys::Socket;
 use serde_json::json;
-use tokio::sync::{Mutex, OwnedMutexGuard};
+use tokio::{
+    sync::{Mutex, Notify, OwnedMutexGuard},
+    task::JoinSet,
+};
 
 use self::{
     links::{Link, State},
@@ -99,6 +105,9 @@ pub enum Error {
     /// The guest does not take it.
     #[error("setting the guest's network: {0}")]
     Agent(#[source] ttrpc::Error),
+    /// The way to Docker's resolver.
+    #[error("the socket for queries to 127.0.0.11: {0}")]
+    Resolver(#[source] io::Error),
     /// The pod is over.
     #[error("the pod's network is closed")]
     Closed,
@@ -124,6 +133,9 @@ pub struct Network {
     served: Arc<Mutex<Served>>,
     /// What the kernel tells, until somebody follows it.
     changes: std::sync::Mutex<Option<Socket>>,
+    /// Told once the guest has an interface.
+    plugged: Notify,
+    vmm: OnceLock<u32>,
 }
 
 /// What is done so far. Whoever holds it is the only one who changes anything.
@@ -134,6 +146,7 @@ struct Served {
     failed: BTreeSet<u32>,
     /// What the guest has; none if a call failed, so that nobody knows.
     sent: Option<SetNetworkRequest>,
+    resolver: Option<JoinSet<()>>,
     closed: bool,
 }
 
@@ -184,10 +197,18 @@ impl Network {
                 slots: std::array::from_fn(|_| None),
                 failed: BTreeSet::new(),
                 sent: Some(SetNetworkRequest::new()),
+                resolver: None,
                 closed: false,
             })),
             changes: std::sync::Mutex::new(Some(changes)),
+            plugged: Notify::new(),
+            vmm: OnceLock::new(),
         }))
+    }
+
+    /// The process that is in it for the pod.
+    pub fn set_vmm(&self, pid: u32) {
+        let _ = self.vmm.set(pid);
     }
 
     /// Its namespace.
@@ -218,7 +239,14 @@ impl Network {
             .await
             .map_err(|e| Error::Read(io::Error::other(e)))?;
         let (request, failure) = result?;
+        if request.resolver && served.resolver.is_none() {
+            let serving = resolver::serve(&self.dir, self);
+            served.resolver = Some(serving.map_err(Error::Resolver)?);
+        }
         if let Some(agent) = agent {
+            if !request.interfaces.is_empty() {
+                self.plugged.notify_one();
+            }
             tell(&mut served, agent, request).await?;
         }
         match failure {
@@ -264,7 +292,8 @@ impl Network {
         let taken: Vec<_> = taken
             .filter_map(|(n, slot)| Some((slot.as_ref()?.link.index, slot_mac(n))))
             .collect();
-        let request = state.request(&taken);
+        let mut request = state.request(&taken);
+        request.resolver = self.vmm.get().is_some_and(|&pid| resolver::is_there(pid));
         check_limits(&request)?;
         Ok((request, failure))
     }
@@ -375,8 +404,10 @@ impl Network {
 
     /// Takes everything off the interfaces that stay. The VMM is gone, and with it the taps. Blocking.
     pub fn close(&self) {
+        self.control.end();
         let mut served = self.served.blocking_lock();
         served.closed = true;
+        served.resolver = None;
         let served = &mut *served;
         for slot in served.slots.iter_mut().filter_map(Option::take) {
             take_off(&mut served.netlink, &slot);
@@ -426,6 +457,28 @@ fn take_off(netlink: &mut Netlink, slot: &Slot) {
     if let Err(error) = redirect::disconnect(netlink, index, qdisc) {
         tracing::warn!(link = slot.link.name, %error, "the redirect stays");
     }
+}
+
+/// Tries out what a pod's network needs of the host, in a namespace that goes again: what is missing, by name.
+pub fn missing() -> Option<String> {
+    let with = |what: &'static str| move |error: io::Error| format!("{what}: {error}");
+    let probe = || -> Result<(), String> {
+        let namespace = Namespace::fresh().map_err(with("a network namespace"))?;
+        let tun = with("/dev/net/tun");
+        let from = tap::make(&namespace, 0, 1).map_err(tun)?;
+        let to = tap::make(&namespace, 1, 1).map_err(tun)?;
+        let mut netlink = namespace.run(Netlink::open).map_err(with("rtnetlink"))?;
+        match redirect::missing(&mut netlink, from.index, to.index) {
+            Some((part, error)) => Err(with(part)(error)),
+            None => Ok(()),
+        }
+    };
+    probe().err()
+}
+
+/// Whether the host has vhost-net.
+pub fn has_vhost() -> bool {
+    !tap::vhost(1).is_empty()
 }
 
 fn raise_loopback(netlink: &mut Netlink) -> io::Result<()> {

@@ -61,12 +61,6 @@ impl Namespace {
     /// The one that a spec names for a new pod.
     pub fn for_pod(path: &Path) -> Result<Self, Refusal> {
         let shown = printable(&path.display().to_string(), QUOTE_MAX);
-        if path.starts_with("/proc") {
-            let why = format!(
-                "{shown} is the namespace of another process; a pod has one of its own: leave the path empty, or name one made for it"
-            );
-            return Err(unsupported(FIELD, why));
-        }
         let namespace = Self::open(path).map_err(|e| wrong(FIELD, format!("{shown}: {e}")))?;
         for host in ["/proc/self/ns/net", "/proc/1/ns/net"] {
             if fs::metadata(host).is_ok_and(|m| (m.dev(), m.ino()) == namespace.identity) {
@@ -75,6 +69,12 @@ impl Namespace {
                 );
                 return Err(unsupported(FIELD, why));
             }
+        }
+        if path.starts_with("/proc") {
+            let why = format!(
+                "{shown} is the namespace of another process; a pod has one of its own: leave the path empty, or name one made for it"
+            );
+            return Err(unsupported(FIELD, why));
         }
         Ok(namespace)
     }
@@ -191,6 +191,13 @@ mod tests {
         assert!(refused("/no/such").contains("No such file"));
         assert!(refused("/dev/null").contains("is no network namespace"));
         assert!(refused("/etc/hostname").contains("is no network namespace"));
+        let other = on_thread(|| {
+            // SAFETY: CLONE_NEWNET does not part descriptors; the thread ends with this.
+            unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }?;
+            let thread = rustix::thread::gettid().as_raw_nonzero();
+            Ok(refused(&format!("/proc/self/task/{thread}/ns/net")))
+        });
+        assert!(other.unwrap().contains("of another process"));
         // A mount of the host's own, as `ip netns attach` makes it, in a mount namespace that nobody else sees.
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("net");

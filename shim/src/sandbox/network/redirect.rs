@@ -49,11 +49,17 @@ pub fn connect(netlink: &mut Netlink, link: u32, tap: u32, mac: [u8; 6]) -> io::
         key(-8, u32::from_be_bytes([a, b, c, d]), u32::MAX),
         key(-4, u32::from_be_bytes([e, f, 0, 0]), 0xffff_0000),
     ];
-    add_filter(netlink, tap, PRIORITY, source.to_vec(), redirect(link))?;
+    add_filter(
+        netlink,
+        tap,
+        PRIORITY,
+        source.to_vec(),
+        Some(redirect(link)),
+    )?;
     let all = || vec![key(0, 0, 0)];
-    match add_filter(netlink, tap, REST, all(), drop_frame()) {
+    match add_filter(netlink, tap, REST, all(), Some(drop_frame())) {
         Err(e) if e.raw_os_error() == Some(libc::ENOENT) => {
-            add_filter(netlink, tap, REST, all(), redirect(tap))?;
+            add_filter(netlink, tap, REST, all(), Some(redirect(tap)))?;
         }
         result => result?,
     }
@@ -63,7 +69,23 @@ pub fn connect(netlink: &mut Netlink, link: u32, tap: u32, mac: [u8; 6]) -> io::
         }
         result => result?,
     }
-    add_filter(netlink, link, PRIORITY, all(), redirect(tap))
+    add_filter(netlink, link, PRIORITY, all(), Some(redirect(tap)))
+}
+
+/// Which part of the kernel is missing for a redirect from one interface to another, both without any.
+pub fn missing(netlink: &mut Netlink, from: u32, to: u32) -> Option<(&'static str, io::Error)> {
+    let all = || vec![key(0, 0, 0)];
+    let parts: [(&str, io::Result<()>); 3] = [
+        ("sch_ingress", add_qdisc(netlink, from)),
+        ("cls_u32", add_filter(netlink, from, REST, all(), None)),
+        (
+            "act_mirred",
+            add_filter(netlink, from, PRIORITY, all(), Some(redirect(to))),
+        ),
+    ];
+    parts
+        .into_iter()
+        .find_map(|(part, result)| Some((part, result.err()?)))
 }
 
 /// Whether the interface has an ingress qdisc (or clsact).
@@ -122,17 +144,16 @@ fn add_filter(
     link: u32,
     priority: u16,
     keys: Vec<TcU32Key>,
-    action: TcAction,
+    action: Option<TcAction>,
 ) -> io::Result<()> {
     let mut selector = TcU32Selector::default();
     selector.flags = TcU32SelectorFlags::Terminal;
     selector.nkeys = keys.len() as u8;
     selector.keys = keys;
     let mut message = filter_message(link, priority);
-    message.attributes.push(TcAttribute::Options(vec![
-        TcOption::U32(TcFilterU32Option::Selector(selector)),
-        TcOption::U32(TcFilterU32Option::Action(vec![action])),
-    ]));
+    let mut options = vec![TcOption::U32(TcFilterU32Option::Selector(selector))];
+    options.extend(action.map(|action| TcOption::U32(TcFilterU32Option::Action(vec![action]))));
+    message.attributes.push(TcAttribute::Options(options));
     let message = RouteNetlinkMessage::NewTrafficFilter(message);
     netlink.change(message, NLM_F_CREATE | NLM_F_EXCL)
 }
