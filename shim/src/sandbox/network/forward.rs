@@ -25,7 +25,7 @@ use tokio::{
     io::{AsyncWriteExt, copy_bidirectional_with_sizes},
     net::{TcpStream, UnixStream},
     sync::Semaphore,
-    task::{JoinHandle, JoinSet},
+    task::JoinSet,
     time::{sleep, timeout},
 };
 use ttrpc::context;
@@ -174,7 +174,7 @@ async fn accept(
             continue;
         };
         let vsock = vsock.clone();
-        let _: JoinHandle<()> = tokio::spawn(async move {
+        tokio::spawn(async move {
             if let Err(error) = carry(stream, &vsock, ForwardHeader { port, ipv6 }).await {
                 tracing::debug!(port, ipv6, %error, "a forwarded connection");
             }

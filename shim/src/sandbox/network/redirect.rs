@@ -117,10 +117,12 @@ pub fn disconnect(netlink: &mut Netlink, link: u32, qdisc: bool) -> io::Result<(
 }
 
 fn qdisc_message(link: u32) -> TcMessage {
-    let mut header = TcHeader::default();
-    header.index = link.cast_signed();
-    header.handle = INGRESS;
-    header.parent = TcHandle::INGRESS;
+    let header = TcHeader {
+        index: link.cast_signed(),
+        handle: INGRESS,
+        parent: TcHandle::INGRESS,
+        ..TcHeader::default()
+    };
     TcMessage::from_parts(header, vec![TcAttribute::Kind("ingress".into())])
 }
 
@@ -130,12 +132,14 @@ fn add_qdisc(netlink: &mut Netlink, link: u32) -> io::Result<()> {
 }
 
 fn filter_message(link: u32, priority: u16) -> TcMessage {
-    let mut header = TcHeader::default();
-    header.index = link.cast_signed();
-    header.parent = FILTERS;
     // rtnetlink(7): priority in the upper half, the protocol in network order in the lower.
     let all = (libc::ETH_P_ALL as u16).to_be();
-    header.info = u32::from(priority) << 16 | u32::from(all);
+    let header = TcHeader {
+        index: link.cast_signed(),
+        parent: FILTERS,
+        info: (u32::from(priority) << 16) | u32::from(all),
+        ..TcHeader::default()
+    };
     TcMessage::from_parts(header, vec![TcAttribute::Kind(TcFilterU32::KIND.into())])
 }
 
