@@ -183,9 +183,9 @@ mod tests {
 
     #[test]
     fn the_hosts_network_another_processs_and_what_is_no_namespace_are_refused_by_name() {
-        let text = refused("/proc/1/ns/net");
+        let text = refused("/proc/self/ns/net");
         assert!(
-            text.starts_with(FIELD) && text.contains("another process"),
+            text.starts_with(FIELD) && text.contains("the host's network"),
             "{text}"
         );
         assert!(refused("/no/such").contains("No such file"));
