@@ -260,6 +260,26 @@ mod tests {
         }
     }
 
+    #[test]
+    fn the_kernel_takes_the_programs() {
+        let Ok(ring) = Ring::new() else {
+            eprintln!("skipped: this machine allows no BPF");
+            return;
+        };
+        let address = super::super::resolver::ADDRESS;
+        for (hook, program) in [
+            (Hook::Inet4Bound, bpf::tell_bound(ring.as_fd())),
+            (Hook::Inet6Bound, bpf::tell_bound(ring.as_fd())),
+            (Hook::InetReleased, bpf::tell_released(ring.as_fd())),
+            (Hook::Inet4Connect, bpf::change_port(address, 53, 40000)),
+            (Hook::Udp4Send, bpf::change_port(address, 53, 40000)),
+            (Hook::Udp4Receive, bpf::change_port(address, 40000, 53)),
+        ] {
+            sys::bpf::load(hook, &program).unwrap();
+        }
+        ring.drain();
+    }
+
     fn watcher(network: &Arc<PodNetwork>) -> Watcher {
         Watcher {
             network: Arc::clone(network),
