@@ -35,6 +35,8 @@ use crate::sandbox::{Pod, vsock};
 
 /// How long the guest may take to connect.
 const CONNECT: Duration = Duration::from_secs(20);
+/// How long the machine's end may take to be seen after its agent's.
+const END: Duration = Duration::from_secs(2);
 /// How long to wait when the shim is out of descriptors.
 const EXHAUSTED: Duration = Duration::from_millis(200);
 
@@ -69,6 +71,8 @@ async fn forward(pod: &Pod, network: &Network) {
                 open.change(network.namespace(), &places(&answer));
             }
             Err(error) => {
+                // Most often the machine's end, which ends this too.
+                sleep(END).await;
                 tracing::warn!(%error, "the guest's ports are no more followed");
                 return;
             }
