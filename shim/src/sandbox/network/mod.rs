@@ -260,7 +260,9 @@ impl Network {
         let state = State::read(&mut served.netlink).map_err(Error::Read)?;
         let mut failure = None;
         for slot in 0..NET_SLOTS {
-            self.unplug_changed(served, slot, &state);
+            if self.unplug_changed(served, slot, &state) {
+                served.failed.clear(); // There is room again.
+            }
         }
         for link in state.links.values() {
             let has_slot = served
@@ -298,10 +300,10 @@ impl Network {
         Ok((request, failure))
     }
 
-    /// Follows an interface that is gone or changed.
-    fn unplug_changed(&self, served: &mut Served, number: usize, state: &State) {
+    /// Follows an interface that is gone or changed, and tells whether its slot is free now.
+    fn unplug_changed(&self, served: &mut Served, number: usize, state: &State) -> bool {
         let Some(slot) = served.slots.get_mut(number).and_then(Option::as_mut) else {
-            return;
+            return false;
         };
         match state.links.get(&slot.link.index) {
             Some(link) if link.mac == slot.link.mac => {
@@ -311,10 +313,12 @@ impl Network {
                     tracing::warn!(link = link.name, mtu = link.mtu, %error, "setting a tap's MTU");
                 }
                 slot.link = link.clone();
+                false
             }
             still => {
                 let stays = still.is_some();
                 self.detach(served, number, stays);
+                true
             }
         }
     }

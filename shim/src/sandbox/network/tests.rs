@@ -340,6 +340,17 @@ fn more_interfaces_than_slots_are_left_out() {
         (request.interfaces.len(), failure.is_none()),
         (NET_SLOTS, true)
     );
+    let mut served = pod.network.served.try_lock().unwrap();
+    assert_eq!(served.failed.len(), 2);
+    // One goes, and one of those that had no slot gets it, without a start.
+    sh(pod.network.namespace(), "ip link del a0");
+    let (request, _) = pod.network.plug(&mut served).unwrap();
+    let names: Vec<_> = request.interfaces.iter().map(|i| i.name.as_str()).collect();
+    assert_eq!(names.len(), NET_SLOTS);
+    assert!(
+        served.failed.is_empty() && names.contains(&"a2") && names.contains(&"b2"),
+        "{names:?}"
+    );
 }
 
 #[test]
