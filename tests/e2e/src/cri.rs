@@ -19,15 +19,19 @@ pub const TESTS: &[Test] = &[
         IMAGES,
         ANY
     )
-    .cri(),
+    .cri()
+    .fast_host(),
     test!(cri::pods_talk_and_a_host_port_leads_in, IMAGES, ANY).cri(),
     test!(
         cri::port_forward_of_containerd_reaches_localhost,
         IMAGES,
         ANY
     )
-    .cri(),
-    test!(cri::pod_on_the_hosts_network_is_refused, IMAGES, MACHINES).cri(),
+    .cri()
+    .fast_host(),
+    test!(cri::pod_on_the_hosts_network_is_refused, IMAGES, MACHINES)
+        .cri()
+        .fast_host(),
 ];
 
 const SERVER: &[&str] = &["nginx"];

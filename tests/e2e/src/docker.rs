@@ -15,15 +15,20 @@ const IMAGES: &[Image] = &[];
 
 /// The cases of this group.
 pub const TESTS: &[Test] = &[
-    test!(docker::the_common_walk, IMAGES, ANY).docker(),
+    test!(docker::the_common_walk, IMAGES, ANY)
+        .docker()
+        .fast_host(),
     test!(docker::bridge_network_and_published_port, IMAGES, ANY).docker(),
-    test!(docker::user_defined_network_resolves_names, IMAGES, ANY).docker(),
+    test!(docker::user_defined_network_resolves_names, IMAGES, ANY)
+        .docker()
+        .fast_host(),
     test!(
         docker::networks_are_connected_while_the_container_runs,
         IMAGES,
         ANY
     )
-    .docker(),
+    .docker()
+    .fast_host(),
 ];
 
 /// A container or a network that is removed at the case's end, however it ends.

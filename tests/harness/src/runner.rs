@@ -6,7 +6,7 @@ use std::{
 };
 
 use crate::{
-    failure::{Failure, Outcome},
+    failure::{Failure, Outcome, skip},
     leaks::Snapshot,
     suite::{CRI_NAMESPACE, Engine, Image, Suite},
 };
@@ -22,6 +22,8 @@ pub struct Test {
     pub engines: &'static [Engine],
     /// Which suite it gets.
     pub place: Place,
+    /// It asks too much of a host that is itself emulated; a case beside it shows the same there.
+    pub fast_host: bool,
     /// The case.
     pub run: fn(&Suite) -> Outcome,
 }
@@ -52,6 +54,12 @@ impl Test {
         self
     }
 
+    /// The same, and not on a host that is itself emulated.
+    pub const fn fast_host(mut self) -> Self {
+        self.fast_host = true;
+        self
+    }
+
     /// The same through CRI, in the suite's own network.
     pub const fn cri(mut self) -> Self {
         self.place = Place::Cri;
@@ -73,6 +81,7 @@ macro_rules! test {
             images: $images,
             engines: $engines,
             place: $crate::runner::Place::Machine,
+            fast_host: false,
             run: $function,
         }
     };
@@ -95,13 +104,13 @@ pub fn run(suite: &Suite, tests: &[&Test]) -> Tally {
     let mut failed = Vec::new();
     for (index, test) in tests.iter().enumerate() {
         let start = Instant::now();
-        let applies = test.engines.contains(&suite.engine);
-        let (suite, place) = match applies && test.place != Place::Machine {
-            true => match suite.networked() {
+        let (suite, place) = match (applies(suite, test), test.place) {
+            (Ok(()), Place::Machine) => (suite, Ok(())),
+            (Ok(()), _) => match suite.networked() {
                 Ok(networked) => (networked, Ok(())),
                 Err(failure) => (suite, Err(failure)),
             },
-            false => (suite, Ok(())),
+            (skipped, _) => (suite, skipped),
         };
         let log = suite.log_mark();
         suite.forget_logs();
@@ -138,13 +147,17 @@ pub fn run(suite: &Suite, tests: &[&Test]) -> Tally {
     tally
 }
 
-fn one(suite: &Suite, test: &Test) -> Outcome {
+fn applies(suite: &Suite, test: &Test) -> Outcome {
     if !test.engines.contains(&suite.engine) {
-        return Err(Failure::Skipped(format!(
-            "does not apply to {:?}",
-            suite.engine
-        )));
+        return skip(format!("does not apply to {:?}", suite.engine));
     }
+    if test.fast_host && !suite.scale.pods_are_cheap() {
+        return skip("too slow on an emulated host");
+    }
+    Ok(())
+}
+
+fn one(suite: &Suite, test: &Test) -> Outcome {
     for image in test.images {
         match test.place {
             Place::Cri => suite.import_into(*image, CRI_NAMESPACE)?,

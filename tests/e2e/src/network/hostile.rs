@@ -18,13 +18,16 @@ pub const TESTS: &[Test] = &[
         ANY
     )
     .networked(),
-    test!(network::hostile::flood_harms_only_itself, NET, MACHINES).networked(),
+    test!(network::hostile::flood_harms_only_itself, NET, MACHINES)
+        .networked()
+        .fast_host(),
     test!(
         network::hostile::guest_that_takes_no_frames_costs_no_memory,
         NET,
         MACHINES
     )
-    .networked(),
+    .networked()
+    .fast_host(),
 ];
 
 const FORGED: &str = "02:de:ad:be:ef:01";

@@ -13,7 +13,9 @@ use crate::network;
 
 /// The cases of this group.
 pub const TESTS: &[Test] = &[
-    test!(network::life::ctr_run_with_cni_has_a_network, NET, ANY).networked(),
+    test!(network::life::ctr_run_with_cni_has_a_network, NET, ANY)
+        .networked()
+        .fast_host(),
     test!(
         network::life::interfaces_that_come_and_go_are_followed,
         NET,
@@ -25,17 +27,25 @@ pub const TESTS: &[Test] = &[
         NET,
         ANY
     )
-    .networked(),
-    test!(network::life::many_pods_leave_nothing, NET, ANY).networked(),
-    test!(network::life::shim_killed_under_load, NET, MACHINES).networked(),
+    .networked()
+    .fast_host(),
+    test!(network::life::many_pods_leave_nothing, NET, ANY)
+        .networked()
+        .fast_host(),
+    test!(network::life::shim_killed_under_load, NET, MACHINES)
+        .networked()
+        .fast_host(),
     test!(network::life::vmm_killed_under_load, NET, MACHINES).networked(),
-    test!(network::life::file_server_killed_under_load, NET, MACHINES).networked(),
+    test!(network::life::file_server_killed_under_load, NET, MACHINES)
+        .networked()
+        .fast_host(),
     test!(
         network::life::emulator_killed_under_load,
         NET,
         &[Engine::Emulated]
     )
-    .networked(),
+    .networked()
+    .fast_host(),
 ];
 
 fn ctr_run_with_cni_has_a_network(suite: &Suite) -> Outcome {

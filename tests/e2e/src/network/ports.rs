@@ -27,7 +27,8 @@ pub const TESTS: &[Test] = &[
         NET,
         ANY
     )
-    .networked(),
+    .networked()
+    .fast_host(),
     test!(
         network::ports::loopback_of_the_namespace_leads_into_the_pod,
         NET,
@@ -39,7 +40,8 @@ pub const TESTS: &[Test] = &[
         NET,
         MACHINES
     )
-    .networked(),
+    .networked()
+    .fast_host(),
 ];
 
 fn published_port_is_reached_from_everywhere(suite: &Suite) -> Outcome {

@@ -15,7 +15,9 @@ use crate::network;
 
 /// The cases of this group.
 pub const TESTS: &[Test] = &[
-    test!(network::shape::no_network_is_loopback_only, NET, ANY).networked(),
+    test!(network::shape::no_network_is_loopback_only, NET, ANY)
+        .networked()
+        .fast_host(),
     test!(
         network::shape::the_hosts_network_is_refused,
         BUSYBOX,
@@ -33,20 +35,25 @@ pub const TESTS: &[Test] = &[
         NET,
         ANY
     )
-    .networked(),
+    .networked()
+    .fast_host(),
     test!(
         network::shape::hosts_and_resolv_conf_are_the_mounted_files,
         BUSYBOX,
         ANY
     )
-    .networked(),
+    .networked()
+    .fast_host(),
     test!(
         network::shape::containers_of_a_pod_share_its_network,
         NET,
         ANY
     )
-    .networked(),
-    test!(network::shape::sysctls_of_the_spec_hold, NET, ANY).networked(),
+    .networked()
+    .fast_host(),
+    test!(network::shape::sysctls_of_the_spec_hold, NET, ANY)
+        .networked()
+        .fast_host(),
 ];
 
 /// Links, addresses and routes in words that do not depend on who set them. Links to the machine are no part of it.

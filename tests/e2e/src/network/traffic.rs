@@ -25,7 +25,8 @@ pub const TESTS: &[Test] = &[
         NET,
         ANY
     )
-    .networked(),
+    .networked()
+    .fast_host(),
     test!(
         network::traffic::ten_thousand_requests_with_a_hundred_in_parallel,
         NET,
@@ -37,13 +38,15 @@ pub const TESTS: &[Test] = &[
         NET,
         ANY
     )
-    .networked(),
+    .networked()
+    .fast_host(),
     test!(
         network::traffic::a_large_transfer_comes_back_whole,
         NET,
         ANY
     )
-    .networked(),
+    .networked()
+    .fast_host(),
 ];
 
 fn everybody_reaches_everybody_and_the_outside_by_nat(suite: &Suite) -> Outcome {
