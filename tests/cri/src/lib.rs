@@ -59,6 +59,7 @@ impl Cri {
             cgroup: format!("/{}", suite.namespace()),
             limit: suite.scale.seconds(60),
         };
+        make_cgroup(suite.namespace());
         for image in images {
             let image = Some(spec(*image));
             let end = std::time::Instant::now() + suite.scale.seconds(10);
@@ -144,6 +145,25 @@ impl Cri {
                 Some((pod.attributes?.id, network.rx_bytes?.value))
             })
             .collect())
+    }
+}
+
+/// The pods' parent cgroup, which on a node kubelet makes; it goes with the suite.
+fn make_cgroup(name: &str) {
+    let root = Path::new("/sys/fs/cgroup");
+    let unified = root.join("cgroup.controllers").exists();
+    let hierarchies = match unified {
+        true => vec![root.to_path_buf()],
+        false => std::fs::read_dir(root)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| entry.path())
+            .collect(),
+    };
+    for hierarchy in hierarchies {
+        // It may be there already, and a hierarchy that takes none is no matter.
+        let _ = std::fs::create_dir(hierarchy.join(name));
     }
 }
 

@@ -21,7 +21,9 @@ pub const TESTS: &[Test] = &[
     )
     .cri()
     .fast_host(),
-    test!(cri::pods_talk_and_a_host_port_leads_in, IMAGES, ANY).cri(),
+    test!(cri::pods_talk_and_a_host_port_leads_in, IMAGES, ANY)
+        .cri()
+        .fast_host(),
     test!(
         cri::port_forward_of_containerd_reaches_localhost,
         IMAGES,

@@ -18,7 +18,9 @@ pub const TESTS: &[Test] = &[
     test!(docker::the_common_walk, IMAGES, ANY)
         .docker()
         .fast_host(),
-    test!(docker::bridge_network_and_published_port, IMAGES, ANY).docker(),
+    test!(docker::bridge_network_and_published_port, IMAGES, ANY)
+        .docker()
+        .fast_host(),
     test!(docker::user_defined_network_resolves_names, IMAGES, ANY)
         .docker()
         .fast_host(),
