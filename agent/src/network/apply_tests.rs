@@ -355,3 +355,25 @@ fn an_interface_that_the_pod_removed_is_no_reason_to_fail_for_the_others() {
         assert_eq!(guest.names(), ["eth0", "lo"]);
     });
 }
+
+#[test]
+fn the_network_of_the_first_container_becomes_the_pods_with_all_that_was_set() {
+    guest(1, |_| {
+        let pod = crate::network::PodNetwork::default();
+        pod.set(&bridged()).unwrap();
+        let mut container = Command::new("unshare")
+            .args(["--net", "--map-root-user", "sleep", "30"])
+            .spawn()
+            .unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(500));
+        let adopted = pod.adopt(container.id());
+        let inside = Namespace::of_process(container.id()).unwrap();
+        let addresses = inside.within(|| Ok(ip("-o addr show eth0"))).unwrap();
+        let again = pod.adopt(container.id()).is_err();
+        container.kill().unwrap();
+        container.wait().unwrap();
+        adopted.unwrap();
+        assert!(addresses.contains("10.0.0.2/24"), "{addresses}");
+        assert!(again && !pod.is_unused());
+    });
+}
