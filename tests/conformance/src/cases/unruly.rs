@@ -1,6 +1,6 @@
 //! Processes that do not end when they should, and what they leave behind.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bulkhead_harness::Outcome;
 use serde_json::{Value, json};
@@ -46,19 +46,18 @@ fn stubborn(side: &Side, bundle: Bundle) -> Outcome<Value> {
         return Ok(json!({ "started": false, "error": end.error }));
     }
     side.kill(&bundle.name, "SIGTERM")?;
-    let ended = {
-        std::thread::sleep(Duration::from_millis(400));
-        running.has_ended()
-    };
-    let status = if ended {
-        "STOPPED".into()
-    } else {
-        side.status(&bundle.name)?
-            .map_or("gone".to_owned(), |(_, s)| s)
-    };
-    if !ended {
+    let limit = Instant::now() + side.suite.scale.seconds(1) / 2;
+    while !running.has_ended() && Instant::now() < limit {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    // The client may still be at the removal of a container that has ended.
+    let runs = side
+        .status(&bundle.name)?
+        .is_some_and(|(_, s)| s == "RUNNING");
+    if runs {
         side.kill(&bundle.name, "SIGKILL")?;
     }
+    let status = if runs { "RUNNING" } else { "STOPPED" };
     let end = side.end(&bundle, running)?;
     Ok(json!({ "after SIGTERM": status, "status": end.seen["status"] }))
 }
