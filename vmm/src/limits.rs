@@ -57,6 +57,9 @@ pub const NET_SLOTS: usize = 4;
 /// Most pairs of queues of a network device.
 pub const NET_PAIRS: usize = 8;
 
+/// Least time between two changes of the number of pairs that a guest uses.
+pub const NET_PAIRS_REST: std::time::Duration = std::time::Duration::from_millis(50);
+
 /// Largest frame with its header: 64 KiB still to be segmented, two VLAN tags.
 pub const NET_FRAME: usize = 12 + 14 + 8 + 65535;
 

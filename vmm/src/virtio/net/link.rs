@@ -214,6 +214,7 @@ fn serve_control(queue: &mut VirtQueue, queuing: &Mutex<Queuing>) -> Result<(), 
         };
         let mut message = [0; 4];
         let got = chain.reader(&memory).read_exact(&mut message);
+        let before = lock(queuing).enabled;
         let answer = match (got, message) {
             (Ok(()), [class, command, low, high]) if [class, command] == PAIRS_SET => {
                 enable_pairs(&mut lock(queuing), u16::from_le_bytes([low, high]))
@@ -222,6 +223,11 @@ fn serve_control(queue: &mut VirtQueue, queuing: &Mutex<Queuing>) -> Result<(), 
         };
         let written = chain.writer(&memory).write_all(&[answer]);
         queue.push(chain, u32::from(written.is_ok()))?;
+        if lock(queuing).enabled != before {
+            // A change takes a lock that the whole host's network shares: a guest must not hold it all the time.
+            std::thread::sleep(limits::NET_PAIRS_REST);
+            break;
+        }
     }
     queue.serve_again();
     queue.notify()
@@ -232,12 +238,15 @@ fn enable_pairs(queuing: &mut Queuing, wanted: u16) -> u8 {
     if !(1..=queuing.pairs).contains(&wanted) {
         return ERR;
     }
-    queuing.enabled = wanted;
+    if queuing.enabled == wanted {
+        return OK;
+    }
     for (index, tap) in queuing.taps.iter().enumerate() {
         if let Err(error) = tap.enable(index < wanted) {
             tracing::warn!(%error, "cannot change the number of the tap's queues");
             return ERR;
         }
     }
+    queuing.enabled = wanted;
     OK
 }

@@ -85,8 +85,8 @@ fn a_slot_can_change_while_the_guest_floods() {
     let (mut head, mut free) = (0, 256);
     while !over.load(Ordering::SeqCst) {
         while free > 0 {
-            rig.send(head % 256, &arp(2, GUEST));
-            head += 1;
+            rig.send(head, &arp(2, GUEST));
+            head = (head + 1) % 256;
             free -= 1;
         }
         while rig.transmit.used().is_some() {
