@@ -1,8 +1,8 @@
 //! What a pod's namespace holds, as the guest shall have it: interfaces, addresses, routes and permanent neighbours.
 //!
 //! Read at create, at start and whenever the kernel tells of a change. Left out: loopback and our taps, interfaces that are not
-//! Ethernet (the fallback tunnels that a kernel puts into every namespace), ports of a bridge or bond in the namespace, and routing
-//! tables other than main.
+//! Ethernet or have no MAC of a station (the fallback tunnels that a kernel puts into every namespace), ports of a bridge or bond in the
+//! namespace, and routing tables other than main.
 
 use std::{
     collections::BTreeMap,
@@ -114,7 +114,10 @@ impl State {
         }
         if link.name.starts_with(tap::PREFIX) {
             self.taps.push(link.name);
-        } else if message.header.link_layer_type == LinkLayerType::Ether && !port {
+        } else if message.header.link_layer_type == LinkLayerType::Ether
+            && is_station(link.mac)
+            && !port
+        {
             self.links.insert(link.index, link);
         }
     }
@@ -157,6 +160,11 @@ impl State {
         }
         request
     }
+}
+
+/// Neither all zero, as gretap0 and erspan0 have it, nor of a group (IEEE 802: the lowest bit of the first byte).
+fn is_station(mac: Mac) -> bool {
+    mac != Mac::default() && mac.first().is_some_and(|first| first & 1 == 0)
 }
 
 /// `02:62:6b:00:00:00`.
@@ -292,4 +300,31 @@ fn neighbour(message: &NeighbourMessage) -> Option<(u32, agent::Neighbour)> {
     }
     let whole = !result.ip.is_empty() && !result.mac.is_empty();
     whole.then_some((message.header.ifindex, result))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_ethernet_interface_without_a_stations_mac_is_left_out() {
+        let mut state = State::default();
+        for (index, mac) in [
+            (1, vec![0; 6]),
+            (2, vec![0x33, 0x33, 0, 0, 0, 1]),
+            (3, vec![2, 0, 0, 0, 0, 1]),
+            (4, vec![2, 0, 0, 0]),
+        ] {
+            let mut message = LinkMessage::default();
+            message.header.index = index;
+            message.header.link_layer_type = LinkLayerType::Ether;
+            message.attributes = vec![
+                LinkAttribute::IfName(format!("gretap{index}")),
+                LinkAttribute::Address(mac),
+                LinkAttribute::Mtu(1462),
+            ];
+            state.add_link(&message);
+        }
+        assert_eq!(state.links.keys().copied().collect::<Vec<_>>(), [3]);
+    }
 }
