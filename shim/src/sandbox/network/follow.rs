@@ -97,23 +97,32 @@ async fn follow(pod: &Pod, network: &Arc<Network>, socket: Socket) -> io::Error 
         Err(error) => return error,
     };
     let mut again = false;
+    let mut told = None;
     loop {
-        let next = match again {
-            true => timeout(AGAIN, changes.next()).await.unwrap_or(Ok(())),
-            false => changes.next().await,
+        let waited = match again {
+            true => timeout(AGAIN, changes.next()).await,
+            false => Ok(changes.next().await),
         };
-        if let Err(error) = next {
+        // Another look is owed to each change, and to each failure.
+        again = waited.is_ok();
+        if let Ok(Err(error)) = waited {
             return error;
         }
-        again = !again;
         sleep(REST).await;
-        if let Err(error) = changes.drain() {
-            return error;
+        match changes.drain() {
+            Ok(more) => again |= more,
+            Err(error) => return error,
         }
         let Ok(agent) = pod.agent() else { continue };
-        if let Err(error) = network.update(Some(agent), false).await {
-            tracing::error!(%error, "following the pod's network");
+        let failure = network.update(Some(agent), false).await.err();
+        let failure = failure.map(|error| error.to_string());
+        if let Some(error) = &failure {
+            if told != failure {
+                tracing::error!(error, "following the pod's network");
+            }
+            again = true;
             sleep(AFTER_FAILURE).await;
         }
+        told = failure;
     }
 }
