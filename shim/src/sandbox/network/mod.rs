@@ -335,7 +335,13 @@ impl Network {
             qdisc: !qdisc,
         };
         self.note(served, Some(noted)).map_err(at("noting it"))?;
-        let tap = tap::make(&self.namespace, number, self.pairs).map_err(at("making a tap"))?;
+        let tap = match tap::make(&self.namespace, number, self.pairs) {
+            Ok(tap) => tap,
+            Err(error) => {
+                self.note_what_is(served); // Nothing was done to it.
+                return Err(at("making a tap")(error));
+            }
+        };
         let index = tap.index;
         served.slots[number] = Some(Slot {
             link: link.clone(),
@@ -343,12 +349,18 @@ impl Network {
             noted,
         });
         let netlink = &mut served.netlink;
-        let done = tap::raise(netlink, index, link.mtu)
-            .map_err(at("bringing its tap up"))
+        let redirecting = "redirecting it (tc: ingress, u32, mirred)";
+        // The wall against forged sources stands before the guest can send anything.
+        let done = redirect::from_guest(netlink, link.index, index, link.mac)
+            .map_err(at(redirecting))
+            .and_then(|()| {
+                let up = tap::raise(netlink, index, link.mtu);
+                up.map_err(at("bringing its tap up"))
+            })
             .and_then(|()| self.hand_over(number, link, tap))
             .and_then(|()| {
-                let connected = redirect::connect(netlink, link.index, index, link.mac);
-                connected.map_err(at("redirecting it (tc: ingress, u32, mirred)"))
+                let redirected = redirect::to_guest(netlink, link.index, index);
+                redirected.map_err(at(redirecting))
             });
         match &done {
             Ok(()) => tracing::info!(link = link.name, slot = number, mtu = link.mtu, "attached"),
@@ -396,6 +408,10 @@ impl Network {
         if stays {
             take_off(&mut served.netlink, &slot);
         }
+        self.note_what_is(served);
+    }
+
+    fn note_what_is(&self, served: &Served) {
         if let Err(error) = self.note(served, None) {
             tracing::warn!(%error, "noting what is on the interfaces");
         }

@@ -17,6 +17,8 @@ use crate::sandbox::state::write_private;
 
 /// Its name.
 const FILE: &str = "network.json";
+/// That of the next one, until it is whole.
+const NEXT: &str = "network.json.new";
 /// Longest file that is read.
 const FILE_MAX: u64 = 64 << 10;
 
@@ -48,7 +50,9 @@ pub fn write(dir: &Path, namespace: &Namespace, links: Vec<Noted>) -> io::Result
         links,
     };
     let text = serde_json::to_string(&note).map_err(io::Error::other)?;
-    write_private(&dir.join(FILE), &text)
+    let next = dir.join(NEXT);
+    write_private(&next, &text)?;
+    fs::rename(next, dir.join(FILE))
 }
 
 /// Takes off what a dead shim's note tells.

@@ -40,8 +40,8 @@ const TC_ACT_SHOT: i32 = 2;
 /// tc_act/tc_gact.h.
 const TCA_GACT_PARMS: u16 = 2;
 
-/// Redirects frames both ways.
-pub fn connect(netlink: &mut Netlink, link: u32, tap: u32, mac: [u8; 6]) -> io::Result<()> {
+/// The guest's half: what the tap brings goes out of the interface, if its source is `mac`.
+pub fn from_guest(netlink: &mut Netlink, link: u32, tap: u32, mac: [u8; 6]) -> io::Result<()> {
     add_qdisc(netlink, tap)?;
     let [a, b, c, d, e, f] = mac;
     // From the network header, before which the Ethernet header ends: source MAC and type.
@@ -56,31 +56,36 @@ pub fn connect(netlink: &mut Netlink, link: u32, tap: u32, mac: [u8; 6]) -> io::
         source.to_vec(),
         Some(redirect(link)),
     )?;
-    let all = || vec![key(0, 0, 0)];
-    match add_filter(netlink, tap, REST, all(), Some(drop_frame())) {
+    match add_filter(netlink, tap, REST, every_frame(), Some(drop_frame())) {
         Err(e) if e.raw_os_error() == Some(libc::ENOENT) => {
-            add_filter(netlink, tap, REST, all(), Some(redirect(tap)))?;
+            add_filter(netlink, tap, REST, every_frame(), Some(redirect(tap)))
         }
-        result => result?,
+        result => result,
     }
+}
+
+/// The interface's half: what arrives there goes out of the tap.
+pub fn to_guest(netlink: &mut Netlink, link: u32, tap: u32) -> io::Result<()> {
     match add_qdisc(netlink, link) {
         Err(e) if e.raw_os_error() == Some(libc::EEXIST) => {
             remove_filter(netlink, link)?; // Of one that died.
         }
         result => result?,
     }
-    add_filter(netlink, link, PRIORITY, all(), Some(redirect(tap)))
+    add_filter(netlink, link, PRIORITY, every_frame(), Some(redirect(tap)))
 }
 
 /// Which part of the kernel is missing for a redirect from one interface to another, both without any.
 pub fn missing(netlink: &mut Netlink, from: u32, to: u32) -> Option<(&'static str, io::Error)> {
-    let all = || vec![key(0, 0, 0)];
     let parts: [(&str, io::Result<()>); 3] = [
         ("sch_ingress", add_qdisc(netlink, from)),
-        ("cls_u32", add_filter(netlink, from, REST, all(), None)),
+        (
+            "cls_u32",
+            add_filter(netlink, from, REST, every_frame(), None),
+        ),
         (
             "act_mirred",
-            add_filter(netlink, from, PRIORITY, all(), Some(redirect(to))),
+            add_filter(netlink, from, PRIORITY, every_frame(), Some(redirect(to))),
         ),
     ];
     parts
@@ -168,6 +173,10 @@ fn remove_filter(netlink: &mut Netlink, link: u32) -> io::Result<()> {
         Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(()),
         result => result,
     }
+}
+
+fn every_frame() -> Vec<TcU32Key> {
+    vec![key(0, 0, 0)]
 }
 
 fn key(offset: i32, value: u32, mask: u32) -> TcU32Key {
