@@ -5,7 +5,7 @@
 use std::{
     collections::BTreeMap,
     fs::File,
-    io::{self, Read},
+    io::{self, BufRead, BufReader, Read},
     os::fd::{AsFd, OwnedFd},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -33,8 +33,8 @@ use crate::{
 
 /// When to look after an event: a program listens right after it has bound, but not at the same moment.
 const SOON: [Duration; 3] = [
-    Duration::from_millis(20),
-    Duration::from_millis(200),
+    Duration::from_millis(100),
+    Duration::from_millis(300),
     Duration::from_secs(2),
 ];
 /// When to look without one; with the programs, and without them.
@@ -142,10 +142,9 @@ impl Watcher {
 
 /// Reads the listening sockets of `/proc/net/tcp` or `tcp6` (proc_net_tcp.rst); the kernel lists them first.
 fn collect(table: impl Read, ports: &mut Ports) -> io::Result<()> {
-    let mut text = String::new();
-    table.take(TABLE_MAX).read_to_string(&mut text)?;
-    for line in text.lines().skip(1) {
-        match listener(line) {
+    // By lines, so that the connections of a busy pod are never read.
+    for line in BufReader::new(table.take(TABLE_MAX)).lines().skip(1) {
+        match listener(&line?) {
             Some((port, reach)) => {
                 let known = ports.entry(port).or_default();
                 known.ipv4 |= reach.ipv4;
