@@ -70,7 +70,7 @@ impl Namespace {
                 return Err(unsupported(FIELD, why));
             }
         }
-        if path.starts_with("/proc") {
+        if namespace.is_of_process() || path.starts_with("/proc") {
             let why = format!(
                 "{shown} is the namespace of another process; a pod has one of its own: leave the path empty, or name one made for it"
             );
@@ -104,6 +104,13 @@ impl Namespace {
             path: Some(path.to_owned()),
             identity,
         })
+    }
+
+    /// Whether it was reached through a process (`/proc/<pid>/ns/net`, also by a symbolic link), not at a mount: proc_pid_fd(5) then
+    /// shows `net:[inode]` instead of a path.
+    fn is_of_process(&self) -> bool {
+        let shown = fs::read_link(format!("/proc/self/fd/{}", self.file.as_raw_fd()));
+        !shown.is_ok_and(|path| path.is_absolute())
     }
 
     /// Where it can be found without us; none for a fresh one.
@@ -195,9 +202,15 @@ mod tests {
             // SAFETY: CLONE_NEWNET does not part descriptors; the thread ends with this.
             unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }?;
             let thread = rustix::thread::gettid().as_raw_nonzero();
-            Ok(refused(&format!("/proc/self/task/{thread}/ns/net")))
+            let path = format!("/proc/self/task/{thread}/ns/net");
+            let dir = tempfile::tempdir()?;
+            let link = dir.path().join("net");
+            std::os::unix::fs::symlink(&path, &link)?;
+            Ok([refused(&path), refused(link.to_str().unwrap())])
         });
-        assert!(other.unwrap().contains("of another process"));
+        for text in other.unwrap() {
+            assert!(text.contains("of another process"), "{text}");
+        }
         // A mount of the host's own, as `ip netns attach` makes it, in a mount namespace that nobody else sees.
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("net");
@@ -212,7 +225,15 @@ mod tests {
             let host = refused(file.to_str().unwrap());
             rustix::mount::unmount(&file, rustix::mount::UnmountFlags::empty())?;
             rustix::mount::mount_bind("/proc/self/ns/uts", &file)?;
-            Ok((host, refused(file.to_str().unwrap())))
+            let uts = refused(file.to_str().unwrap());
+            rustix::mount::unmount(&file, rustix::mount::UnmountFlags::empty())?;
+            // One made for the pod, as CNI's users and `ip netns add` leave it.
+            // SAFETY: CLONE_NEWNET does not part descriptors; the thread ends with this.
+            unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }?;
+            rustix::mount::mount_bind("/proc/thread-self/ns/net", &file)?;
+            let made = Namespace::for_pod(&file).map(drop);
+            made.map_err(io::Error::other)?;
+            Ok((host, uts))
         });
         let (host, uts) = text.unwrap();
         assert!(host.contains("is the host's network"), "{host}");

@@ -93,7 +93,7 @@ impl Kept {
     }
 
     fn open(&self) -> Namespace {
-        Namespace::for_pod(&self.path).unwrap()
+        Namespace::open(&self.path).unwrap()
     }
 }
 
