@@ -5,11 +5,12 @@
 //! The ports are the guest's word: at most [`FORWARD_PORTS_MAX`], and only on the loopback of a namespace that is the pod's own.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
     num::NonZeroU16,
     path::PathBuf,
+    pin::pin,
     sync::Arc,
     time::Duration,
 };
@@ -35,8 +36,12 @@ use crate::sandbox::{Pod, vsock};
 
 /// How long the guest may take to connect.
 const CONNECT: Duration = Duration::from_secs(20);
-/// How long the machine's end may take to be seen after its agent's.
-const END: Duration = Duration::from_secs(2);
+/// How long to wait after an answer: the guest does not say how busy the shim is.
+const PAUSE: Duration = Duration::from_millis(100);
+/// How long to wait after a failure. Most often it is the machine's end, which is seen meanwhile.
+const AFTER_FAILURE: Duration = Duration::from_secs(2);
+/// How long to wait before ports that could not be opened are tried again.
+const RETRY: Duration = Duration::from_secs(5);
 /// How long to wait when the shim is out of descriptors.
 const EXHAUSTED: Duration = Duration::from_millis(200);
 
@@ -58,29 +63,39 @@ pub fn start(pod: &Arc<Pod>, network: &Arc<Network>) {
 async fn forward(pod: &Pod, network: &Network) {
     network.plugged.notified().await;
     let mut open = Open::new(pod.vsock());
-    let mut request = WatchPortsRequest::new();
+    let mut generation = 0;
+    let mut told = false;
     loop {
         let Ok(agent) = pod.agent() else { return };
+        let mut request = WatchPortsRequest::new();
+        request.generation = generation;
         // A long poll: without a limit.
-        match agent
-            .watch_ports(context::Context::default(), &request)
-            .await
-        {
-            Ok(answer) => {
-                request.generation = answer.generation;
-                open.change(network.namespace(), &places(&answer));
+        let mut poll = pin!(agent.watch_ports(context::Context::default(), &request));
+        let answer = loop {
+            tokio::select! {
+                answer = &mut poll => break answer,
+                () = sleep(RETRY), if !open.missing.is_empty() => open.retry(network.namespace()).await,
             }
-            Err(error) => {
-                // Most often the machine's end, which ends this too.
-                sleep(END).await;
-                tracing::warn!(%error, "the guest's ports are no more followed");
-                return;
+        };
+        let failure = match answer {
+            Ok(answer) if answer.generation != generation => {
+                generation = answer.generation;
+                open.change(network.namespace(), &places(&answer)).await;
+                sleep(PAUSE).await;
+                continue;
             }
+            Ok(_) => "an answer without a change".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        sleep(AFTER_FAILURE).await;
+        if !told {
+            tracing::warn!(failure, "following the guest's ports");
+            told = true;
         }
     }
 }
 
-fn places(answer: &WatchPortsResponse) -> Vec<Place> {
+fn places(answer: &WatchPortsResponse) -> BTreeSet<Place> {
     let ports = answer.ports.iter().take(FORWARD_PORTS_MAX);
     ports
         .filter_map(|p| Some((NonZeroU16::new(u16::try_from(p.port).ok()?)?, p)))
@@ -95,6 +110,8 @@ fn places(answer: &WatchPortsResponse) -> Vec<Place> {
 struct Open {
     vsock: PathBuf,
     sockets: BTreeMap<Place, JoinSet<()>>,
+    /// What is wanted and could not be opened.
+    missing: BTreeSet<Place>,
     connections: Arc<Semaphore>,
 }
 
@@ -103,36 +120,53 @@ impl Open {
         Self {
             vsock,
             sockets: BTreeMap::new(),
+            missing: BTreeSet::new(),
             connections: Arc::new(Semaphore::new(FORWARD_CONNECTIONS_MAX)),
         }
     }
 
     /// Closes what is not wanted any more and opens what is new.
-    fn change(&mut self, namespace: &Namespace, wanted: &[Place]) {
+    async fn change(&mut self, namespace: &Arc<Namespace>, wanted: &BTreeSet<Place>) {
         self.sockets.retain(|place, _| wanted.contains(place));
-        let mut new: Vec<Place> = wanted.to_vec();
-        new.retain(|place| !self.sockets.contains_key(place));
+        self.missing.retain(|place| wanted.contains(place));
+        let new = wanted.iter().copied();
+        let new: Vec<Place> = new.filter(|p| !self.sockets.contains_key(p)).collect();
+        self.open(namespace, new).await;
+    }
+
+    /// Tries once more what could not be opened.
+    async fn retry(&mut self, namespace: &Arc<Namespace>) {
+        let missing = self.missing.iter().copied().collect();
+        self.open(namespace, missing).await;
+    }
+
+    async fn open(&mut self, namespace: &Arc<Namespace>, new: Vec<Place>) {
         if new.is_empty() {
             return;
         }
-        let listeners = namespace.run(|| {
-            Ok(new
-                .iter()
-                .map(|&place| (place, listen(place)))
-                .collect::<Vec<_>>())
-        });
-        match listeners {
-            Ok(listeners) => {
-                for (place, listener) in listeners {
-                    let added = listener
-                        .and_then(tokio::net::TcpListener::from_std)
-                        .map(|listener| self.add(place, listener));
-                    if let Err(error) = added {
-                        tracing::info!(port = place.0, ipv6 = place.1, %error, "a port is not forwarded");
+        let (inside, places) = (namespace.clone(), new.clone());
+        let listen = move || inside.run(|| Ok(places.into_iter().map(listen).collect::<Vec<_>>()));
+        let listeners = tokio::task::spawn_blocking(listen).await;
+        let listeners = match listeners.map_err(io::Error::other).flatten() {
+            Ok(listeners) => listeners,
+            Err(error) => {
+                tracing::debug!(%error, "opening ports to forward");
+                self.missing.extend(new);
+                return;
+            }
+        };
+        for (place, listener) in new.into_iter().zip(listeners) {
+            match listener.and_then(tokio::net::TcpListener::from_std) {
+                Ok(listener) => {
+                    self.missing.remove(&place);
+                    self.add(place, listener);
+                }
+                Err(error) => {
+                    if self.missing.insert(place) {
+                        tracing::debug!(port = place.0, ipv6 = place.1, %error, "a port is not forwarded yet");
                     }
                 }
             }
-            Err(error) => tracing::warn!(%error, "ports are not forwarded"),
         }
     }
 
@@ -225,7 +259,7 @@ mod tests {
 
     use super::*;
 
-    fn answer(ports: &[(u32, bool, bool)]) -> Vec<Place> {
+    fn answer(ports: &[(u32, bool, bool)]) -> BTreeSet<Place> {
         let mut answer = WatchPortsResponse::new();
         for &(number, ipv4, ipv6) in ports {
             let mut port = ListeningPort::new();
@@ -247,12 +281,12 @@ mod tests {
     }
 
     /// A namespace whose loopback is up.
-    fn namespace() -> Namespace {
+    fn namespace() -> Arc<Namespace> {
         let namespace = Namespace::fresh().unwrap();
         namespace
             .run(|| super::super::raise_loopback(&mut super::super::netlink::Netlink::open()?))
             .unwrap();
-        namespace
+        Arc::new(namespace)
     }
 
     /// The guest: answers the header with `line`, then sends back what it gets; it tells the headers.
@@ -271,8 +305,8 @@ mod tests {
 
     #[test]
     fn ports_that_are_none_and_too_many_are_left_out() {
-        assert_eq!(answer(&[(0, true, true), (70_000, true, true)]), []);
-        let both = answer(&[(80, true, true), (81, false, true)]);
+        assert!(answer(&[(0, true, true), (70_000, true, true)]).is_empty());
+        let both = answer(&[(81, false, true), (80, true, true), (80, true, false)]);
         let both: Vec<_> = both.iter().map(|(p, v6)| (p.get(), *v6)).collect();
         assert_eq!(both, [(80, false), (80, true), (81, true)]);
         let many: Vec<_> = (1..1000).map(|port| (port, true, false)).collect();
@@ -286,7 +320,8 @@ mod tests {
         let path = dir.path().join("vsock.sock");
         let listener = UnixListener::bind(&path).unwrap();
         let mut open = Open::new(path);
-        open.change(&namespace, &answer(&[(8080, true, true)]));
+        open.change(&namespace, &answer(&[(8080, true, true)]))
+            .await;
         for (ipv6, header) in [
             (false, r#"{"port":8080,"ipv6":false}"#),
             (true, r#"{"port":8080,"ipv6":true}"#),
@@ -305,7 +340,8 @@ mod tests {
             stream.read_to_string(&mut back).await.unwrap();
             assert_eq!(back, "and back");
         }
-        open.change(&namespace, &answer(&[(9090, true, false)]));
+        open.change(&namespace, &answer(&[(9090, true, false)]))
+            .await;
         tokio::task::yield_now().await;
         let refused = |port, ipv6| {
             let error = dial(&namespace, port, ipv6).unwrap_err();
@@ -316,13 +352,28 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_port_that_is_taken_is_opened_once_it_is_free() {
+        let namespace = namespace();
+        let dir = tempfile::tempdir().unwrap();
+        let mut open = Open::new(dir.path().join("vsock.sock"));
+        let wanted = answer(&[(8080, true, false)]);
+        let other = namespace.run(|| std::net::TcpListener::bind(("127.0.0.1", 8080)));
+        open.change(&namespace, &wanted).await;
+        assert_eq!((open.sockets.len(), &open.missing), (0, &wanted));
+        drop(other);
+        open.retry(&namespace).await;
+        assert!(open.missing.is_empty() && dial(&namespace, 8080, false).is_ok());
+    }
+
+    #[tokio::test]
     async fn a_port_that_the_guest_does_not_reach_is_reset() {
         let namespace = namespace();
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vsock.sock");
         let listener = UnixListener::bind(&path).unwrap();
         let mut open = Open::new(path);
-        open.change(&namespace, &answer(&[(8080, true, false)]));
+        open.change(&namespace, &answer(&[(8080, true, false)]))
+            .await;
         let mut stream = dial(&namespace, 8080, false).unwrap();
         let (mut buffer, guest) = ([0; 10], guest(&listener, "error refused\n"));
         let (read, _) = tokio::join!(stream.read(&mut buffer), guest);
@@ -336,7 +387,8 @@ mod tests {
         let path = dir.path().join("vsock.sock");
         let _listener = UnixListener::bind(&path).unwrap();
         let mut open = Open::new(path);
-        open.change(&namespace, &answer(&[(8080, true, false)]));
+        open.change(&namespace, &answer(&[(8080, true, false)]))
+            .await;
         open.connections.forget_permits(FORWARD_CONNECTIONS_MAX - 1);
         let _first = dial(&namespace, 8080, false).unwrap();
         let mut second = dial(&namespace, 8080, false).unwrap();

@@ -125,7 +125,7 @@ pub fn slot_id(slot: usize) -> String {
 
 /// The network of a pod.
 pub struct Network {
-    namespace: Namespace,
+    namespace: Arc<Namespace>,
     dir: PathBuf,
     control: control::Client,
     engine: Engine,
@@ -184,7 +184,7 @@ impl Network {
             }
         }
         Ok(Arc::new(Self {
-            namespace,
+            namespace: Arc::new(namespace),
             dir: dir.to_owned(),
             control,
             engine,
@@ -212,7 +212,7 @@ impl Network {
     }
 
     /// Its namespace.
-    pub fn namespace(&self) -> &Namespace {
+    pub fn namespace(&self) -> &Arc<Namespace> {
         &self.namespace
     }
 
