@@ -258,9 +258,10 @@ impl Network {
     /// Slots, taps and redirects; then what the agent shall know, and the first interface that could not be served.
     fn plug(&self, served: &mut Served) -> Result<(SetNetworkRequest, Option<Error>), Error> {
         let state = State::read(&mut served.netlink).map_err(Error::Read)?;
+        let redirected = redirect::with_qdisc(&mut served.netlink).map_err(Error::Read)?;
         let mut failure = None;
         for slot in 0..NET_SLOTS {
-            if self.unplug_changed(served, slot, &state) {
+            if self.unplug_changed(served, slot, &state, &redirected) {
                 served.failed.clear(); // There is room again.
             }
         }
@@ -300,13 +301,20 @@ impl Network {
         Ok((request, failure))
     }
 
-    /// Follows an interface that is gone or changed, and tells whether its slot is free now.
-    fn unplug_changed(&self, served: &mut Served, number: usize, state: &State) -> bool {
+    /// Follows an interface that is gone or changed, and tells whether its slot is free now. One that lost its qdisc (`redirected`: who
+    /// has one) was in another namespace meanwhile, or a tool took it off.
+    fn unplug_changed(
+        &self,
+        served: &mut Served,
+        number: usize,
+        state: &State,
+        redirected: &BTreeSet<u32>,
+    ) -> bool {
         let Some(slot) = served.slots.get_mut(number).and_then(Option::as_mut) else {
             return false;
         };
         match state.links.get(&slot.link.index) {
-            Some(link) if link.mac == slot.link.mac => {
+            Some(link) if link.mac == slot.link.mac && redirected.contains(&link.index) => {
                 if link.mtu != slot.link.mtu
                     && let Err(error) = tap::set_mtu(&mut served.netlink, slot.tap, link.mtu)
                 {
@@ -329,10 +337,10 @@ impl Network {
             move |source| Error::Link { link, what, source }
         };
         let netlink = &mut served.netlink;
-        let qdisc = redirect::has_qdisc(netlink, link.index).map_err(at("reading its qdiscs"))?;
+        let others = redirect::with_qdisc(netlink).map_err(at("reading its qdiscs"))?;
         let noted = Noted {
             index: link.index,
-            qdisc: !qdisc,
+            qdisc: !others.contains(&link.index),
         };
         self.note(served, Some(noted)).map_err(at("noting it"))?;
         let tap = match tap::make(&self.namespace, number, self.pairs) {

@@ -6,7 +6,7 @@
 //! `ingress` with `u32` and `mirred` is there on every kernel met. `gact`, which drops, is not: then a frame with a forged source is
 //! sent back to the guest that made it.
 
-use std::io;
+use std::{collections::BTreeSet, io};
 
 use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::{
@@ -93,16 +93,17 @@ pub fn missing(netlink: &mut Netlink, from: u32, to: u32) -> Option<(&'static st
         .find_map(|(part, result)| Some((part, result.err()?)))
 }
 
-/// Whether the interface has an ingress qdisc (or clsact).
-pub fn has_qdisc(netlink: &mut Netlink, link: u32) -> io::Result<bool> {
+/// The interfaces that have an ingress qdisc (or clsact).
+pub fn with_qdisc(netlink: &mut Netlink) -> io::Result<BTreeSet<u32>> {
     let request = RouteNetlinkMessage::GetQueueDiscipline(TcMessage::default());
     let found = netlink.dump(&request)?;
-    Ok(found.iter().any(|message| match message {
+    let ingress = found.iter().filter_map(|message| match message {
         RouteNetlinkMessage::NewQueueDiscipline(qdisc) => {
-            qdisc.header.index.cast_unsigned() == link && qdisc.header.parent == TcHandle::INGRESS
+            (qdisc.header.parent == TcHandle::INGRESS).then_some(qdisc.header.index)
         }
-        _ => false,
-    }))
+        _ => None,
+    });
+    Ok(ingress.map(i32::cast_unsigned).collect())
 }
 
 /// Takes our half off an interface that stays; with the qdisc if that is ours too.

@@ -327,6 +327,21 @@ fn interfaces_that_come_go_and_change_are_followed() {
 }
 
 #[test]
+fn an_interface_that_lost_its_redirect_gets_another() {
+    let pod = pod(Namespace::fresh().unwrap(), 1).unwrap();
+    let namespace = pod.network.namespace();
+    let _outside = plug_in(namespace, ETH0);
+    pod.plug();
+    assert!(traces(namespace).contains("mirred"));
+    sh(namespace, "tc qdisc del dev eth0 ingress");
+    let (request, failure) = pod.plug();
+    assert!(failure.is_none(), "{failure:?}");
+    assert_eq!(request.interfaces.len(), 1);
+    assert_eq!(pod.attached(), ["n0 02:00:00:00:00:11 1"]);
+    assert!(traces(namespace).contains("mirred"));
+}
+
+#[test]
 fn more_interfaces_than_slots_are_left_out() {
     let pod = pod(Namespace::fresh().unwrap(), 1).unwrap();
     for pair in 0..3 {
