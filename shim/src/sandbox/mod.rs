@@ -191,7 +191,7 @@ impl Pod {
             biased;
             end = self.ended() => Err(Error::Ended(end)),
             result = booted => match result {
-                Err(Error::Agent(error)) => Err(self.explain(error).await),
+                Err(error @ Error::Agent(_)) => Err(self.explain(error).await),
                 result => result,
             },
             () = sleep(self.ready_limit) => Err(Error::NotReady {
@@ -202,10 +202,10 @@ impl Pod {
     }
 
     /// A broken connection is most often the machine's end: then that is the reason.
-    async fn explain(&self, error: io::Error) -> Error {
+    async fn explain(&self, error: Error) -> Error {
         match timeout(Duration::from_secs(1), self.ended()).await {
             Ok(end) => Error::Ended(end),
-            Err(_) => Error::Agent(error),
+            Err(_) => error,
         }
     }
 
@@ -287,12 +287,8 @@ impl Pod {
     /// Gives the guest what its namespace holds now, and says so of what cannot be given.
     pub async fn update_network(&self) -> Result<(), Error> {
         let agent = self.agent()?;
-        let updated = self.network.update(Some(agent), true).await;
-        match updated {
-            Err(error) => match timeout(Duration::from_secs(1), self.ended()).await {
-                Ok(end) => Err(Error::Ended(end)),
-                Err(_) => Err(error.into()),
-            },
+        match self.network.update(Some(agent), true).await {
+            Err(error) => Err(self.explain(error.into()).await),
             Ok(()) => Ok(()),
         }
     }
