@@ -12,7 +12,9 @@ use std::{
 };
 
 use bulkhead_protocol::{
-    agent::{CreateContainerRequest, CreateExecRequest},
+    agent::{
+        CreateContainerRequest, CreateExecRequest, ListResponse, ListedContainer, ListedProcess,
+    },
     id,
     limits::{CONTAINERS_MAX, EXECS_MAX, SPEC_MAX},
     stream::StreamHeader,
@@ -394,6 +396,30 @@ impl Pod {
     /// Pids of the container's processes.
     pub fn pids(&self, container: &str) -> Result<Vec<u32>> {
         self.with(container, |found| Ok(found.cgroup.pids()))
+    }
+
+    /// What there is.
+    pub fn list(&self) -> ListResponse {
+        let containers = lock(&self.containers);
+        let listed = containers.iter().map(|(name, container)| ListedContainer {
+            container: name.clone(),
+            busy: container.is_none(),
+            processes: container.as_ref().map_or_else(Vec::new, |container| {
+                let init = std::iter::once((String::new(), &container.init));
+                let execs = container.execs.iter().map(|(id, exec)| (id.clone(), exec));
+                let listed = init.chain(execs).map(|(exec_id, process)| ListedProcess {
+                    exec_id,
+                    phase: process.phase().into(),
+                    ..Default::default()
+                });
+                listed.collect()
+            }),
+            ..Default::default()
+        });
+        ListResponse {
+            containers: listed.collect(),
+            ..Default::default()
+        }
     }
 
     /// Folder of the container's cgroup.

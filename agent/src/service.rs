@@ -13,8 +13,9 @@ use bulkhead_protocol::{
     VERSION,
     agent::{
         ContainerRequest, CreateContainerRequest, CreateExecRequest, Empty, ListPidsResponse,
-        ProcessRequest, ProcessResponse, ResizePtyRequest, SetNetworkRequest, SignalRequest,
-        StatsResponse, UpdateRequest, WaitResponse, WatchPortsRequest, WatchPortsResponse,
+        ListResponse, ProcessRequest, ProcessResponse, ResizePtyRequest, SetNetworkRequest,
+        SignalRequest, StatsResponse, UpdateRequest, WaitResponse, WatchPortsRequest,
+        WatchPortsResponse,
     },
     agent_ttrpc::{self, Agent},
     limits::{AGENT_PORT, FORWARD_PORT, READY_PORT, STREAM_HEADER_MAX, STREAM_PORT},
@@ -231,6 +232,10 @@ impl Agent for Service {
             pids: answer(self.pod.pids(&request.container))?,
             ..Default::default()
         })
+    }
+
+    async fn list(&self, _: &TtrpcContext, _: Empty) -> Answer<ListResponse> {
+        Ok(self.pod.list())
     }
 
     async fn stats(&self, _: &TtrpcContext, request: ContainerRequest) -> Answer<StatsResponse> {

@@ -3,14 +3,10 @@
 use std::{
     env, fs, io,
     os::{
-        fd::{AsRawFd, FromRawFd, OwnedFd},
-        unix::{
-            net::{UnixListener, UnixStream},
-            process::CommandExt,
-        },
+        fd::{AsFd, FromRawFd, OwnedFd},
+        unix::net::{UnixListener, UnixStream},
     },
     path::{Path, PathBuf},
-    process::{Command, Stdio},
 };
 
 use serde_json::json;
@@ -18,14 +14,13 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     args::Args,
-    sandbox::state::{check_id, hex, make_private_dir},
+    keeper::{INHERITED_FD, spawn_with},
+    sandbox::state::{check_id, hex, make_private_dir, remove_file},
     spec,
 };
 
 /// Folder of the shims' sockets, mode 0700.
 const SOCKETS: &str = "/run/containerd/s";
-/// The listening socket's number in the daemon.
-const LISTENER_FD: i32 = 3;
 
 /// Why no shim was started.
 #[derive(Debug, thiserror::Error)]
@@ -108,59 +103,25 @@ fn spawn_daemon(args: &Args, socket: &Path) -> Result<(), Error> {
         move |source| Error::Path { path, source }
     };
     make_private_dir(Path::new(SOCKETS)).map_err(path_error(Path::new(SOCKETS)))?;
-    remove_socket(socket).map_err(path_error(socket))?;
+    remove_file(socket).map_err(path_error(socket))?;
     let listener = UnixListener::bind(socket).map_err(path_error(socket))?;
-    let daemon = spawn_with(&listener, args);
+    let daemon = env::current_exe().and_then(|exe| spawn_with(&exe, listener.as_fd(), args, None));
     if daemon.is_err() {
         let _ = fs::remove_file(socket);
     }
     daemon.map_err(Error::Daemon)
 }
 
-/// Our own executable again, detached, with the listening socket as descriptor 3.
-fn spawn_with(listener: &UnixListener, args: &Args) -> io::Result<()> {
-    let exe = env::current_exe()?;
-    let fd = listener.as_raw_fd();
-    let mut command = Command::new(exe);
-    command
-        .args(["-namespace", &args.namespace, "-id", &args.id])
-        .args(["-address", &args.address])
-        .args(["-publish-binary", &args.publish_binary])
-        .args(args.debug.then_some("-debug"))
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
-    // SAFETY: between fork and exec only system calls are made; `fd` is the listener, open until `spawn` returns,
-    // and 3 is free for us in the child.
-    unsafe {
-        command.pre_exec(move || {
-            rustix::process::setsid()?;
-            let done = if fd == LISTENER_FD {
-                libc::fcntl(fd, libc::F_SETFD, 0)
-            } else {
-                libc::dup2(fd, LISTENER_FD)
-            };
-            if done < 0 {
-                return Err(io::Error::last_os_error());
-            }
-            libc::close_range(4, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC as _);
-            Ok(())
-        });
-    }
-    // Not waited for: it outlives us.
-    command.spawn().map(drop)
-}
-
-/// The daemon's listening socket, from descriptor 3.
-pub fn inherited_listener() -> io::Result<UnixListener> {
+/// What a shim's process was started with.
+pub fn inherited() -> io::Result<OwnedFd> {
     // SAFETY: F_GETFD only asks; a number that is not open gives EBADF.
-    if unsafe { libc::fcntl(LISTENER_FD, libc::F_GETFD) } < 0 {
+    if unsafe { libc::fcntl(INHERITED_FD, libc::F_GETFD) } < 0 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: the descriptor is open, and nothing else in this process owns it: this is called once, first.
-    let fd = unsafe { OwnedFd::from_raw_fd(LISTENER_FD) };
+    let fd = unsafe { OwnedFd::from_raw_fd(INHERITED_FD) };
     rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)?;
-    Ok(fd.into())
+    Ok(fd)
 }
 
 /// containerd 1.6 reads the address from the bundle when it comes back.
@@ -173,14 +134,6 @@ fn write_address(socket: &Path) -> Result<(), Error> {
             path: "address".into(),
             source,
         })
-}
-
-/// Removes a socket; it is no error that it is gone.
-pub fn remove_socket(socket: &Path) -> io::Result<()> {
-    match fs::remove_file(socket) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
-        _ => Ok(()),
-    }
 }
 
 #[cfg(test)]

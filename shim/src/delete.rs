@@ -13,7 +13,7 @@ use protobuf::MessageField;
 
 use crate::{
     args::Args,
-    bootstrap::{self, socket_path},
+    bootstrap::socket_path,
     config::Config,
     hooks::Runner,
     sandbox::{
@@ -94,7 +94,7 @@ fn clean(dir: &Path, owner: Option<Owner>, socket: &Path) -> Result<(), Error> {
     if std::os::unix::net::UnixStream::connect(socket).is_ok() {
         return Ok(());
     }
-    bootstrap::remove_socket(socket).map_err(|source| Error::Remove {
+    state::remove_file(socket).map_err(|source| Error::Remove {
         path: socket.to_owned(),
         source,
     })

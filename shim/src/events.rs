@@ -73,7 +73,7 @@ enum Error {
 }
 
 enum Item {
-    Event(Box<Envelope>),
+    Event(Box<Envelope>, Option<Box<dyn FnOnce() + Send>>),
     Flush(oneshot::Sender<()>),
 }
 
@@ -123,6 +123,15 @@ impl Publisher {
 
     /// Queues an event.
     pub fn publish<E: Event>(&self, event: &E) {
+        self.queue(event, None);
+    }
+
+    /// The same, and `done` once containerd has it.
+    pub fn publish_then<E: Event>(&self, event: &E, done: impl FnOnce() + Send + 'static) {
+        self.queue(event, Some(Box::new(done)));
+    }
+
+    fn queue<E: Event>(&self, event: &E, done: Option<Box<dyn FnOnce() + Send>>) {
         let mut any = Any::new();
         any.type_url = E::descriptor().full_name().to_owned();
         match event.write_to_bytes() {
@@ -136,7 +145,7 @@ impl Publisher {
         envelope.event = Some(any).into();
         if self
             .queue
-            .try_send(Item::Event(Box::new(envelope)))
+            .try_send(Item::Event(Box::new(envelope), done))
             .is_err()
         {
             tracing::error!(topic = E::TOPIC, "event lost: the queue is full");
@@ -161,12 +170,19 @@ async fn run(route: Route, mut items: mpsc::Receiver<Item>) {
     while let Some(item) = items.recv().await {
         match item {
             Item::Flush(done) => drop(done.send(())),
-            Item::Event(envelope) => deliver(&route, &mut client, *envelope).await,
+            Item::Event(envelope, done) => {
+                if deliver(&route, &mut client, *envelope).await
+                    && let Some(done) = done
+                {
+                    done();
+                }
+            }
         }
     }
 }
 
-async fn deliver(route: &Route, client: &mut Option<EventsClient>, envelope: Envelope) {
+/// Whether it was delivered.
+async fn deliver(route: &Route, client: &mut Option<EventsClient>, envelope: Envelope) -> bool {
     for attempt in 0..ATTEMPTS {
         // The first repetition at once: a connection from before containerd's restart fails like this.
         if attempt > 1 {
@@ -177,7 +193,7 @@ async fn deliver(route: &Route, client: &mut Option<EventsClient>, envelope: Env
             None => publish_by_binary(route, &envelope).await,
         };
         match sent {
-            Ok(()) => return,
+            Ok(()) => return true,
             Err(error) => {
                 tracing::warn!(%error, topic = envelope.topic, attempt, "sending an event");
                 *client = None;
@@ -185,6 +201,7 @@ async fn deliver(route: &Route, client: &mut Option<EventsClient>, envelope: Env
         }
     }
     tracing::error!(topic = envelope.topic, "event lost");
+    false
 }
 
 async fn forward(

@@ -1,15 +1,18 @@
-//! `containerd-shim-bulkhead-v1`: the commands `start` and `delete`, and the shim's daemon.
+//! `containerd-shim-bulkhead-v1`: the commands `start` and `delete`, and the shim's daemon: keeper and worker.
 
 use std::{
     env,
-    io::{IsTerminal, Read, Write, stdin, stdout},
+    io::{self, IsTerminal, Read, Write, stdin, stdout},
+    os::fd::OwnedFd,
     path::Path,
+    pin::Pin,
     process::ExitCode,
     sync::Arc,
+    task::{Context, Poll},
     time::Duration,
 };
 
-use anyhow::Context;
+use anyhow::Context as _;
 use bulkhead_shim::{
     args::Args,
     bootstrap,
@@ -17,14 +20,17 @@ use bulkhead_shim::{
     delete,
     events::{Publisher, Route},
     features::{self, RUNTIME},
+    keeper::{self, Kept, Role},
     logging,
+    sandbox::state::remove_file,
     task::Service,
 };
+use futures_core::Stream;
 use protobuf::Message;
 use tokio::{
-    net::UnixListener,
+    net::UnixStream,
     signal::unix::{SignalKind, signal},
-    sync::Notify,
+    sync::{Notify, mpsc},
     time::timeout,
 };
 use ttrpc::r#async::{Server, transport::Listener};
@@ -67,7 +73,8 @@ fn run() -> anyhow::Result<()> {
             let response = delete::delete(&args, &config)?;
             Ok(stdout().write_all(&response.write_to_bytes()?)?)
         }
-        "" => serve(&args, config),
+        "" => keep(&args, config),
+        keeper::SERVE => serve(&args, config, inherited()?),
         other => anyhow::bail!("unknown command {other:?}: there are start and delete"),
     }
 }
@@ -82,19 +89,39 @@ fn info() -> anyhow::Result<Vec<u8>> {
     Ok(info.write_to_bytes()?)
 }
 
-/// The daemon: serves until containerd says shutdown, or a signal ends the pod.
-fn serve(args: &Args, config: Config) -> anyhow::Result<()> {
-    let listener = bootstrap::inherited_listener()
-        .context("no listening socket: this is started by `start`, and that by containerd")?;
+fn inherited() -> anyhow::Result<OwnedFd> {
+    bootstrap::inherited()
+        .context("no inherited descriptor: this is started by `start`, and that by containerd")
+}
+
+/// The daemon: the keeper, and as a copy of it the first worker.
+fn keep(args: &Args, config: Config) -> anyhow::Result<()> {
+    let listener = inherited()?.into();
+    start_logging(args);
+    match keeper::run(args, listener) {
+        Ok(Role::Over) => Ok(()),
+        Ok(Role::Worker(channel)) => serve(args, config, channel),
+        Err(error) => {
+            tracing::error!(%error, "the keeper ends");
+            Err(error.into())
+        }
+    }
+}
+
+fn start_logging(args: &Args) {
     let name = format!("{}/{}", args.namespace, args.id);
     logging::start(Path::new("."), &name, args.debug);
+}
+
+/// The worker: serves until containerd says shutdown, or a signal ends the pod.
+fn serve(args: &Args, config: Config, channel: OwnedFd) -> anyhow::Result<()> {
+    start_logging(args);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(8)
         .build()?;
     runtime.block_on(async {
-        listener.set_nonblocking(true)?;
-        let served = serve_on(args, config, UnixListener::from_std(listener)?).await;
+        let served = serve_on(args, config, channel).await;
         if let Err(error) = &served {
             tracing::error!(%error, "the shim ends");
         }
@@ -105,7 +132,8 @@ fn serve(args: &Args, config: Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn serve_on(args: &Args, config: Config, listener: UnixListener) -> anyhow::Result<()> {
+async fn serve_on(args: &Args, config: Config, channel: OwnedFd) -> anyhow::Result<()> {
+    let (kept, connections) = Kept::receive(channel)?;
     let socket = bootstrap::socket_path(&args.address, &args.namespace, &args.id);
     let events = Publisher::start(
         &args.namespace,
@@ -118,25 +146,52 @@ async fn serve_on(args: &Args, config: Config, listener: UnixListener) -> anyhow
         &args.id,
         events.clone(),
         shutdown.clone(),
+        kept.clone(),
     );
+    if kept.takes_over()
+        && let Err(error) = service.adopt().await
+    {
+        // containerd calls `delete`, which cleans up.
+        kept.end();
+        return Err(error.into());
+    }
     let mut server = Server::new()
-        .add_listener(Listener::from(listener))
+        .add_listener(Listener::new(Incoming(kept.connections(connections)?)))
         .register_service(service.register());
     server.start().await?;
     tracing::debug!("serving");
     // A Go shim ends on these, too; containerd then calls `delete`.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hangup = signal(SignalKind::hangup())?;
     tokio::select! {
         () = shutdown.notified() => {}
         () = service.unused(UNUSED_LIMIT) => tracing::warn!("no pod: nobody needs this shim"),
+        () = kept.gone() => tracing::error!("the keeper is gone, and containerd with it: the pod ends"),
         _ = terminate.recv() => tracing::info!("SIGTERM: the pod ends"),
         _ = interrupt.recv() => tracing::info!("SIGINT: the pod ends"),
+        _ = hangup.recv() => {
+            tracing::info!("SIGHUP: the program on the disk takes over");
+            events.flush(Duration::from_secs(3)).await;
+            return Ok(());
+        }
     }
+    kept.end();
     service.stop().await;
     events.flush(Duration::from_secs(3)).await;
     // The socket goes first, so that the next pod of this name finds no half-dead shim.
-    bootstrap::remove_socket(&socket)?;
+    remove_file(&socket)?;
     let _ = timeout(Duration::from_millis(500), server.shutdown()).await;
     Ok(())
+}
+
+/// containerd's connections, for the server.
+struct Incoming(mpsc::Receiver<io::Result<UnixStream>>);
+
+impl Stream for Incoming {
+    type Item = io::Result<UnixStream>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.0.poll_recv(context)
+    }
 }

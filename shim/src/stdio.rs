@@ -1,11 +1,19 @@
 //! Standard streams: between containerd's fifos (or log files) on the host and vsock streams of the guest.
 //!
-//! One task a stream, one buffer a task: a reader that is stuck stops the pump, the vsock credit runs out and the
-//! process waits. Ends: stdin by CloseIO, after what is in the fifo; outputs by the guest's end of file.
+//! One task a stream: a reader that is stuck stops the pump, the vsock credit runs out and the process waits. Ends: stdin by
+//! CloseIO, after what is in the fifo; outputs by the guest's end of file.
+//!
+//! Between fifo and socket bytes move by splice(2): they are in the one or in the other, never in this process. The keeper holds
+//! both, so a shim that dies loses nothing and repeats nothing. What goes to a file is read from the socket only after it was written: of a
+//! shim that dies in between, one piece can be there twice.
 
 use std::{
+    collections::HashMap,
     fs, future, io,
-    os::unix::fs::FileTypeExt,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::{FileTypeExt, OpenOptionsExt},
+    },
     path::PathBuf,
     sync::{
         Arc,
@@ -15,13 +23,21 @@ use std::{
 };
 
 use bulkhead_protocol::{agent, limits::STREAM_BUFFER, stream::StreamKind};
+use rustix::{
+    event::{PollFd, PollFlags, poll},
+    net::{RecvFlags, recv},
+    pipe::{SpliceFlags, splice},
+};
+use serde::{Deserialize, Serialize};
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
-    net::unix::pipe,
+    io::{AsyncWriteExt, Interest, unix::AsyncFd},
+    net::UnixStream,
     sync::Notify,
     task::JoinHandle,
     time::{Instant, sleep, sleep_until},
 };
+
+use crate::{keeper::Kept, watch::watch};
 
 /// After CloseIO, how long other writers of the stdin fifo may stay silent.
 const STDIN_LINGER: Duration = Duration::from_secs(1);
@@ -55,7 +71,7 @@ pub enum Error {
 }
 
 /// What containerd asks for; empty means none.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Paths {
     /// A fifo.
     pub stdin: String,
@@ -68,44 +84,118 @@ pub struct Paths {
 }
 
 enum Sink {
-    Fifo(pipe::Sender),
-    File(tokio::fs::File),
+    Fifo(OwnedFd),
+    File(OwnedFd),
 }
 
 /// A fifo to read. It is opened when the process starts, not before: a client sends CloseIO at the end of its input only
 /// once it knows the process, and until the fifo is open its first write, and so that end, wait (containerd issue 4489).
-struct Stdin(PathBuf);
+struct Stdin {
+    path: PathBuf,
+    /// Open since before this shim: its reader, and our own writer unless CloseIO came.
+    restored: Option<(OwnedFd, Option<OwnedFd>)>,
+}
 
-impl Stdin {
-    /// The fifo, and our own writer that keeps it from ending before CloseIO.
-    fn open(&self) -> io::Result<(pipe::Receiver, pipe::Sender)> {
-        let options = pipe::OpenOptions::new();
-        Ok((
-            options.open_receiver(&self.0)?,
-            options.open_sender(&self.0)?,
-        ))
+/// Where the descriptors of a process are kept.
+#[derive(Clone)]
+pub struct Keep {
+    kept: Kept,
+    process: String,
+}
+
+/// Roles under which descriptors are kept: the guest's end, the host's end, and our own writer of stdin.
+mod role {
+    pub const STDIN: &str = "stdin";
+    pub const STDIN_FIFO: &str = "stdin-fifo";
+    pub const STDIN_WRITER: &str = "stdin-writer";
+    pub const STDOUT: &str = "stdout";
+    pub const STDOUT_SINK: &str = "stdout-sink";
+    pub const STDERR: &str = "stderr";
+    pub const STDERR_SINK: &str = "stderr-sink";
+}
+
+impl Keep {
+    /// Of an exec, or of a container's init (`exec` is empty).
+    pub fn new(kept: &Kept, container: &str, exec: &str) -> Self {
+        Self {
+            kept: kept.clone(),
+            process: format!("{container}/{exec}"),
+        }
+    }
+
+    fn store(&self, role: &str, fd: &impl AsFd) {
+        self.kept.store(&self.process, role, fd.as_fd());
     }
 }
 
 /// The host's ends of a process's streams, open.
-#[derive(Default)]
 pub struct Io {
     stdin: Option<Stdin>,
     stdout: Option<Sink>,
     stderr: Option<Sink>,
     terminal: bool,
+    keep: Keep,
+    /// The guest's ends, from a shim before.
+    guests: HashMap<String, OwnedFd>,
+    restored: bool,
 }
 
 impl Io {
     /// Opens the host's ends; never waits for a peer.
-    pub fn open(paths: &Paths) -> Result<Self, Error> {
+    pub fn open(paths: &Paths, keep: Keep) -> Result<Self, Error> {
         let stderr = if paths.terminal { "" } else { &paths.stderr };
-        Ok(Self {
+        let io = Self {
             stdin: open_stdin(&paths.stdin)?,
             stdout: open_sink("stdout", &paths.stdout)?,
             stderr: open_sink("stderr", stderr)?,
             terminal: paths.terminal,
-        })
+            keep,
+            guests: HashMap::new(),
+            restored: false,
+        };
+        for (sink, role) in [
+            (&io.stdout, role::STDOUT_SINK),
+            (&io.stderr, role::STDERR_SINK),
+        ] {
+            if let Some(Sink::Fifo(fifo)) = sink {
+                io.keep.store(role, fifo);
+            }
+        }
+        Ok(io)
+    }
+
+    /// The ends that a shim before has left; what it has not is opened.
+    pub fn restore(paths: &Paths, keep: Keep) -> Self {
+        let mut kept = keep.kept.take(&keep.process);
+        let restored = !kept.is_empty();
+        let mut sink = |stream, role, uri: &str| match kept.remove(role) {
+            Some(fifo) => Some(Sink::Fifo(fifo)),
+            None => open_sink(stream, uri).unwrap_or_default(),
+        };
+        let stdout = sink("stdout", role::STDOUT_SINK, &paths.stdout);
+        let stderr = if paths.terminal { "" } else { &paths.stderr };
+        let stderr = sink("stderr", role::STDERR_SINK, stderr);
+        let stdin_fifo = kept
+            .remove(role::STDIN_FIFO)
+            .map(|fifo| (fifo, kept.remove(role::STDIN_WRITER)));
+        let stdin = open_stdin(&paths.stdin).unwrap_or_default();
+        Self {
+            stdin: stdin.map(|stdin| Stdin {
+                restored: stdin_fifo,
+                ..stdin
+            }),
+            stdout,
+            stderr,
+            terminal: paths.terminal,
+            keep,
+            guests: kept,
+            restored,
+        }
+    }
+
+    /// Whether a shim before has left anything of it.
+    pub fn is_restored(&self) -> bool {
+        self.restored
     }
 
     /// What the agent must provide.
@@ -118,50 +208,85 @@ impl Io {
         stdio
     }
 
-    /// Connects the guest's ends and starts pumping.
-    pub async fn start<S, F>(self, connect: impl Fn(StreamKind) -> F) -> io::Result<Pumps>
+    /// Connects the guest's ends, where that is not done yet, and starts pumping.
+    pub async fn start<F>(mut self, connect: impl Fn(StreamKind) -> F) -> io::Result<Pumps>
     where
-        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-        F: Future<Output = io::Result<S>>,
+        F: Future<Output = io::Result<UnixStream>>,
     {
-        let mut pumps = Pumps::default();
-        for (sink, kind) in [
-            (self.stdout, StreamKind::Stdout),
-            (self.stderr, StreamKind::Stderr),
-        ] {
+        let mut pumps = Pumps::new(self.keep.clone());
+        let outputs = [
+            (
+                self.stdout.take(),
+                StreamKind::Stdout,
+                [role::STDOUT, role::STDOUT_SINK],
+            ),
+            (
+                self.stderr.take(),
+                StreamKind::Stderr,
+                [role::STDERR, role::STDERR_SINK],
+            ),
+        ];
+        for (sink, kind, roles) in outputs {
             if let Some(sink) = sink {
-                let stream = connect(kind).await?;
+                let stream = self.guest(&connect, kind, roles[0]).await?;
                 let progress = pumps.progress.clone();
+                let keep = self.keep.clone();
                 let task = tokio::spawn(async move {
                     let result = match sink {
-                        Sink::Fifo(fifo) => pump_output(stream, fifo, &progress).await,
-                        Sink::File(file) => pump_output(stream, file, &progress).await,
+                        Sink::Fifo(fifo) => output_to_fifo(stream, fifo, &progress).await,
+                        Sink::File(file) => output_to_file(stream, file, &progress).await,
                     };
                     if let Err(error) = result {
                         tracing::debug!(?kind, %error, "output ended early");
+                    }
+                    // The reader sees the end of the fifo once nobody holds it.
+                    for role in roles {
+                        keep.kept.forget(&keep.process, Some(role));
                     }
                 });
                 pumps.outputs.push(task);
             }
         }
-        if let Some(stdin) = self.stdin {
-            let stream = connect(StreamKind::Stdin).await?;
+        if let Some(stdin) = self.stdin.take() {
+            let stream = self.guest(&connect, StreamKind::Stdin, role::STDIN).await?;
             let close = pumps.close.clone();
             let begin = pumps.begin.clone();
+            let keep = self.keep.clone();
             pumps.stdin = Some(tokio::spawn(async move {
-                begin.notified().await;
-                if let Err(error) = pump_stdin(stdin, stream, &close).await {
+                if stdin.restored.is_none() {
+                    begin.notified().await;
+                }
+                if let Err(error) = pump_stdin(stdin, stream, &close, &keep).await {
                     tracing::debug!(%error, "stdin ended early");
                 }
+                // The end of the stream is the end of the process's stdin: nobody else holds it.
+                keep.kept.forget(&keep.process, Some(role::STDIN));
             }));
         }
         Ok(pumps)
     }
+
+    async fn guest<F>(
+        &mut self,
+        connect: impl Fn(StreamKind) -> F,
+        kind: StreamKind,
+        role: &str,
+    ) -> io::Result<OwnedFd>
+    where
+        F: Future<Output = io::Result<UnixStream>>,
+    {
+        if let Some(stream) = self.guests.remove(role) {
+            return Ok(stream);
+        }
+        let stream = OwnedFd::from(connect(kind).await?.into_std()?);
+        self.keep.store(role, &stream);
+        Ok(stream)
+    }
 }
 
 /// The running pumps of a process; dropping them cuts them off.
-#[derive(Default)]
 pub struct Pumps {
+    keep: Keep,
     stdin: Option<JoinHandle<()>>,
     begin: Arc<Notify>,
     close: Arc<Notify>,
@@ -170,6 +295,17 @@ pub struct Pumps {
 }
 
 impl Pumps {
+    fn new(keep: Keep) -> Self {
+        Self {
+            keep,
+            stdin: None,
+            begin: Arc::default(),
+            close: Arc::default(),
+            outputs: Vec::new(),
+            progress: Arc::default(),
+        }
+    }
+
     /// A handle that ends stdin when notified.
     pub fn closer(&self) -> Arc<Notify> {
         self.close.clone()
@@ -219,6 +355,7 @@ impl Drop for Pumps {
         for task in &self.outputs {
             task.abort();
         }
+        self.keep.kept.forget(&self.keep.process, None);
     }
 }
 
@@ -235,11 +372,13 @@ fn open_sink(stream: &'static str, uri: &str) -> Result<Option<Sink>, Error> {
     let is_fifo = fs::metadata(&path).is_ok_and(|m| m.file_type().is_fifo());
     if is_fifo {
         // Both ends: a reader may come late, go and come again.
-        let fifo = pipe::OpenOptions::new()
-            .read_write(true)
-            .open_sender(&path)
+        let fifo = fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(&path)
             .map_err(open)?;
-        return Ok(Some(Sink::Fifo(fifo)));
+        return Ok(Some(Sink::Fifo(fifo.into())));
     }
     let create = uri.starts_with("file://");
     let file = fs::OpenOptions::new()
@@ -264,7 +403,10 @@ fn open_stdin(uri: &str) -> Result<Option<Stdin>, Error> {
     if !kind.is_fifo() {
         return Err(open(io::Error::other("is no fifo")));
     }
-    Ok(Some(Stdin(path)))
+    Ok(Some(Stdin {
+        path,
+        restored: None,
+    }))
 }
 
 fn path_of(stream: &'static str, uri: &str) -> Result<PathBuf, Error> {
@@ -283,53 +425,114 @@ fn path_of(stream: &'static str, uri: &str) -> Result<PathBuf, Error> {
     })
 }
 
-async fn pump_output(
-    mut from: impl AsyncRead + Unpin,
-    mut to: impl AsyncWrite + Unpin,
-    progress: &AtomicU64,
-) -> io::Result<()> {
-    let mut buffer = vec![0; STREAM_BUFFER];
+/// Whether something can be done with a descriptor now.
+fn is_ready(fd: BorrowedFd<'_>, what: PollFlags) -> bool {
+    let mut fds = [PollFd::from_borrowed_fd(fd, what)];
+    let now = rustix::event::Timespec::default();
+    poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
+}
+
+/// Waits until a descriptor can be read from, or written to.
+async fn wait_for(fd: &AsyncFd<OwnedFd>, interest: Interest) -> io::Result<()> {
+    let what = match interest {
+        Interest::READABLE => PollFlags::IN,
+        _ => PollFlags::OUT,
+    };
     loop {
-        let n = from.read(&mut buffer).await?;
-        if n == 0 {
-            return to.flush().await;
+        let mut ready = fd.ready(interest).await?;
+        if is_ready(fd.as_fd(), what) {
+            return Ok(());
         }
-        let mut rest = buffer.get(..n).unwrap_or_default();
-        while !rest.is_empty() {
-            let written = to.write(rest).await?;
-            if written == 0 {
-                return Err(io::ErrorKind::WriteZero.into());
+        ready.clear_ready();
+    }
+}
+
+/// Moves what there is, at most a buffer's worth, once both ends are ready; 0 at the end.
+async fn splice_some(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>) -> io::Result<usize> {
+    loop {
+        wait_for(from, Interest::READABLE).await?;
+        wait_for(to, Interest::WRITABLE).await?;
+        let flags = SpliceFlags::NONBLOCK | SpliceFlags::MOVE;
+        match splice(from, None, to, None, STREAM_BUFFER, flags) {
+            Ok(n) => return Ok(n),
+            // The one or the other was ready no more.
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {
+                tokio::task::yield_now().await;
             }
-            rest = rest.get(written..).unwrap_or_default();
-            progress.fetch_add(1, Ordering::Relaxed);
+            Err(error) => return Err(error.into()),
         }
     }
 }
 
-async fn pump_stdin(
-    stdin: Stdin,
-    mut to: impl AsyncWrite + Unpin,
-    close: &Notify,
-) -> io::Result<()> {
-    let (mut fifo, keep) = stdin.open()?;
-    let mut keep = Some(keep);
+fn watched(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    rustix::io::ioctl_fionbio(&fd, true)?;
+    watch(fd, interest)
+}
+
+async fn output_to_fifo(from: OwnedFd, to: OwnedFd, progress: &AtomicU64) -> io::Result<()> {
+    let from = watched(from, Interest::READABLE)?;
+    let to = watched(to, Interest::WRITABLE)?;
+    while splice_some(&from, &to).await? > 0 {
+        progress.fetch_add(1, Ordering::Relaxed);
+    }
+    Ok(())
+}
+
+async fn output_to_file(from: OwnedFd, to: OwnedFd, progress: &AtomicU64) -> io::Result<()> {
+    let from = watched(from, Interest::READABLE)?;
+    let mut to = tokio::fs::File::from_std(to.into());
     let mut buffer = vec![0; STREAM_BUFFER];
-    let mut silence_ends = Instant::now();
     loop {
-        let n = tokio::select! {
+        wait_for(&from, Interest::READABLE).await?;
+        let (n, _) = match recv(&from, &mut *buffer, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => continue,
+            received => received?,
+        };
+        let seen = buffer.get_mut(..n).unwrap_or_default();
+        if seen.is_empty() {
+            return Ok(());
+        }
+        to.write_all(seen).await?;
+        to.flush().await?;
+        // Nobody else reads it: it is there.
+        recv(&from, seen, RecvFlags::DONTWAIT)?;
+        progress.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+async fn pump_stdin(stdin: Stdin, to: OwnedFd, close: &Notify, keep: &Keep) -> io::Result<()> {
+    let (fifo, mut writer) = match stdin.restored {
+        Some(restored) => restored,
+        None => {
+            let mut options = fs::OpenOptions::new();
+            options.custom_flags(libc::O_NONBLOCK);
+            let fifo = OwnedFd::from(options.clone().read(true).open(&stdin.path)?);
+            keep.store(role::STDIN_FIFO, &fifo);
+            // Our own writer keeps it from ending before CloseIO.
+            let writer = OwnedFd::from(options.write(true).open(&stdin.path)?);
+            keep.store(role::STDIN_WRITER, &writer);
+            (fifo, Some(writer))
+        }
+    };
+    let from = watched(fifo, Interest::READABLE)?;
+    let to = watched(to, Interest::WRITABLE)?;
+    let mut silence_ends = Instant::now() + STDIN_LINGER;
+    loop {
+        let moved = tokio::select! {
             biased;
-            n = fifo.read(&mut buffer) => n?,
-            () = close.notified(), if keep.is_some() => {
-                keep = None;
+            moved = splice_some(&from, &to) => moved?,
+            () = close.notified(), if writer.is_some() => {
+                writer = None;
+                keep.kept.forget(&keep.process, Some(role::STDIN_WRITER));
                 silence_ends = Instant::now() + STDIN_LINGER;
                 continue;
             }
-            () = sleep_until(silence_ends), if keep.is_none() => 0,
+            () = sleep_until(silence_ends), if writer.is_none() => 0,
         };
-        if n == 0 {
-            return to.shutdown().await;
+        if moved == 0 {
+            // Also for the keeper's copy of it.
+            return Ok(rustix::net::shutdown(&to, rustix::net::Shutdown::Write)?);
         }
-        to.write_all(buffer.get(..n).unwrap_or_default()).await?;
         silence_ends = Instant::now() + STDIN_LINGER;
     }
 }

@@ -4,7 +4,10 @@ use std::{
     process::Command,
 };
 
-use tokio::{io::DuplexStream, sync::Mutex};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    sync::Mutex,
+};
 
 use super::*;
 
@@ -20,13 +23,17 @@ fn fifo(dir: &Path, name: &str) -> String {
     path.display().to_string()
 }
 
+fn keep() -> Keep {
+    Keep::new(&Kept::nothing(), "web", "")
+}
+
 /// A process's guest side: the pumps, and the peers of the streams in the order of their connection.
-async fn started(paths: &Paths, buffer: usize) -> (Pumps, Vec<DuplexStream>) {
+async fn started(paths: &Paths) -> (Pumps, Vec<UnixStream>) {
     let peers = Mutex::new(Vec::new());
-    let pumps = Io::open(paths)
+    let pumps = Io::open(paths, keep())
         .unwrap()
         .start(async |_| {
-            let (ours, theirs) = tokio::io::duplex(buffer);
+            let (ours, theirs) = UnixStream::pair()?;
             peers.lock().await.push(theirs);
             Ok(ours)
         })
@@ -45,7 +52,7 @@ async fn everything_written_before_the_end_arrives_and_then_the_fifo_ends() {
         stdout: fifo(dir.path(), "out"),
         ..Paths::default()
     };
-    let (pumps, mut peers) = started(&paths, 4096).await;
+    let (pumps, mut peers) = started(&paths).await;
     let path = paths.stdout.clone();
     let reader = tokio::task::spawn_blocking(move || {
         let mut data = Vec::new();
@@ -75,7 +82,7 @@ async fn a_stuck_reader_stops_the_guest_and_is_cut_off_after_the_process_ended()
         .write(true)
         .open(&paths.stdout)
         .unwrap();
-    let (pumps, mut peers) = started(&paths, 4096).await;
+    let (pumps, mut peers) = started(&paths).await;
     let mut guest = peers.pop().unwrap();
     let mut sent = 0;
     while let Ok(n) =
@@ -96,7 +103,7 @@ async fn stdin_ends_by_close_io_after_what_is_in_the_fifo() {
         stdin: fifo(dir.path(), "in"),
         ..Paths::default()
     };
-    let (pumps, mut peers) = started(&paths, 64).await;
+    let (pumps, mut peers) = started(&paths).await;
     let mut guest = peers.pop().unwrap();
     // A first writer comes and goes: that is not the end.
     let mut writer = fs::OpenOptions::new()
@@ -126,7 +133,7 @@ async fn stdin_ends_by_close_io_also_when_a_writer_stays() {
         stdin: fifo(dir.path(), "in"),
         ..Paths::default()
     };
-    let (pumps, mut peers) = started(&paths, 64).await;
+    let (pumps, mut peers) = started(&paths).await;
     let mut writer = fs::OpenOptions::new()
         .write(true)
         .open(&paths.stdin)
@@ -147,7 +154,7 @@ async fn files_are_appended_to_and_other_schemes_are_refused_by_name() {
         stdout: format!("file://{}", log.display()),
         ..Paths::default()
     };
-    let (pumps, mut peers) = started(&paths, 64).await;
+    let (pumps, mut peers) = started(&paths).await;
     peers.pop().unwrap().write_all(b"after\n").await.unwrap();
     pumps.drain().await;
     assert_eq!(fs::read_to_string(&log).unwrap(), "before\nafter\n");
@@ -169,6 +176,6 @@ async fn with_a_terminal_there_is_no_stderr() {
         terminal: true,
         ..Paths::default()
     };
-    let request = Io::open(&paths).unwrap().request();
+    let request = Io::open(&paths, keep()).unwrap().request();
     assert!(request.terminal && request.stdout && !request.stderr);
 }

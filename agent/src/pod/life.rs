@@ -8,6 +8,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
+use bulkhead_protocol::agent::Phase;
 use oci_spec::runtime::Process as ProcessSpec;
 use tokio::{io::unix::AsyncFd, sync::watch};
 
@@ -92,6 +93,14 @@ impl Process {
         match &*lock(&self.alive) {
             Some((pid, reaped)) if reaped.borrow().is_none() => Some(*pid),
             _ => None,
+        }
+    }
+
+    /// Whether its start is still to come.
+    pub fn phase(&self) -> Phase {
+        match *lock(&self.state) {
+            State::Registered(_) | State::Created(_) if self.exited().is_none() => Phase::CREATED,
+            _ => Phase::STARTED,
         }
     }
 

@@ -7,11 +7,12 @@ use std::{
 };
 
 use rustix::mount::{OpenTreeFlags, open_tree};
+use serde::{Deserialize, Serialize};
 
 use super::Error;
 
 /// Something of the host that the file server serves.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tree {
     /// Its id, unique in the pod.
     pub id: String,
@@ -41,6 +42,9 @@ impl Tree {
     }
 }
 
+/// More numbers than all containers of a pod could take at once.
+const SKIP: u64 = 1 << 20;
+
 /// The trees of a pod: numbers, and who uses what. A source that is mounted twice is one tree, so that both see one
 /// set of inodes and locks.
 #[derive(Debug, Default)]
@@ -59,6 +63,30 @@ struct Use {
 }
 
 impl Table {
+    /// Takes note of trees that a shim before has given out.
+    pub fn restore(&mut self, trees: &[Tree]) {
+        for tree in trees {
+            let number = tree
+                .id
+                .strip_prefix('t')
+                .and_then(|n| n.parse::<u64>().ok());
+            self.next = self.next.max(number.map_or(0, |n| n.saturating_add(1)));
+            if tree.shared {
+                let key = key(&tree.path, tree.readonly, tree.recursive);
+                let used = self.shared.entry(key).or_insert_with(|| Use {
+                    id: tree.id.clone(),
+                    count: 0,
+                });
+                used.count = used.count.saturating_add(1);
+            }
+        }
+    }
+
+    /// Leaves out numbers that it may have given out without a note.
+    pub fn skip(&mut self) {
+        self.next = self.next.saturating_add(SKIP);
+    }
+
     pub(super) fn number(&mut self) -> String {
         let id = format!("t{}", self.next);
         self.next = self.next.saturating_add(1);

@@ -59,6 +59,9 @@ pub enum Error {
         ours = bulkhead_protocol::VERSION
     )]
     Version(String),
+    /// A process of a pod that was to be taken over.
+    #[error("the pod cannot be taken over: the process of {0} is gone")]
+    Lost(String),
     /// VMM or file server.
     #[error(transparent)]
     Control(#[from] control::Error),

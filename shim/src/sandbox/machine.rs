@@ -21,7 +21,7 @@ const EXIT_MAX: u64 = 64 * 1024;
 const QUOTE_MAX: usize = 600;
 
 /// vCPUs and memory of a machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Size {
     /// vCPUs.
     pub vcpus: u64,
@@ -117,7 +117,7 @@ impl End {
                 (_, Some(code)) => format!("bulkhead-vmm exited with code {code} {log}"),
                 _ => "bulkhead-vmm is gone".into(),
             },
-            Err(e) => format!("bulkhead-vmm cannot be waited for: {e}"),
+            Err(e) => format!("bulkhead-vmm ended, how is not known ({e}) {log}"),
         };
         Self {
             reason: "vmm-died".into(),

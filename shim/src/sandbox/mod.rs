@@ -8,6 +8,7 @@
 //! One task watches the two children. Whatever ends the machine (a stop, a panic, `kill -9`), everybody learns it
 //! from the same `watch` channel, with the reason.
 
+pub mod adopt;
 pub mod control;
 mod error;
 pub mod machine;
@@ -31,7 +32,6 @@ use bulkhead_protocol::{
 };
 use tokio::{
     net::UnixListener,
-    process::Child,
     sync::watch,
     time::{sleep, timeout},
 };
@@ -41,12 +41,13 @@ pub use self::error::Error;
 use self::{
     machine::{End, Size},
     network::{Network, namespace::Namespace, note},
-    spawn::Net,
+    spawn::{Helper, Net},
     state::{Owner, ProcessId},
 };
 use crate::{
     check,
     config::{Config, Engine},
+    keeper,
     mounts::Tree,
 };
 
@@ -116,7 +117,8 @@ impl Pod {
                 "engine \"emulated\": the guest runs on a software CPU, which is no wall"
             );
         }
-        let owner = ProcessId::of(std::process::id() as i32).zip(state::bundle_inode(bundle));
+        let keeper = i32::try_from(keeper::pid()).ok().and_then(ProcessId::of);
+        let owner = keeper.zip(state::bundle_inode(bundle));
         if let Some((shim, bundle)) = owner {
             let owner = Owner { shim, bundle };
             owner.save(dir).map_err(state_error(dir))?;
@@ -147,7 +149,7 @@ impl Pod {
             }
         };
         let (tx, life) = watch::channel(Life::Runs);
-        tokio::spawn(watch_children(
+        tokio::spawn(watch_helpers(
             (vmm, vmm_id),
             (fs, fs_id),
             dir.to_owned(),
@@ -164,10 +166,7 @@ impl Pod {
             files: control::Client::new(dir.join("fs.sock")),
             network,
             life,
-            ready_limit: match config.engine {
-                Engine::Kvm => READY_KVM,
-                Engine::Emulated => READY_EMULATED,
-            },
+            ready_limit: ready_limit(config.engine),
         };
         Ok((Arc::new(pod), ready))
     }
@@ -228,6 +227,11 @@ impl Pod {
     /// `<namespace>/<id>`.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Its state folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
     }
 
     /// Pid of the VMM on the host: what the pod's containers show as their pid.
@@ -397,6 +401,13 @@ pub fn deadline(limit: Duration) -> Context {
     context::with_duration(limit)
 }
 
+fn ready_limit(engine: Engine) -> Duration {
+    match engine {
+        Engine::Kvm => READY_KVM,
+        Engine::Emulated => READY_EMULATED,
+    }
+}
+
 fn state_error(path: &Path) -> impl FnOnce(io::Error) -> Error {
     let path = path.to_owned();
     move |source| Error::State { path, source }
@@ -423,7 +434,7 @@ fn child(
     keep: &[OwnedFd],
     net: Net<'_>,
     mut args: Vec<String>,
-) -> Result<(Child, ProcessId), Error> {
+) -> Result<(Helper, ProcessId), Error> {
     let spawn_error = |source| Error::Spawn {
         program: program.to_owned(),
         source,
@@ -436,13 +447,13 @@ fn child(
     let id = id.ok_or_else(|| spawn_error(io::ErrorKind::NotFound.into()))?;
     let file = dir.join(format!("{name}.pid"));
     id.save(&file).map_err(state_error(&file))?;
-    Ok((child, id))
+    Ok((child.into(), id))
 }
 
-/// Watches both children to the end of the pod, then removes what is left of it.
-async fn watch_children(
-    (mut vmm, vmm_id): (Child, ProcessId),
-    (mut fs, fs_id): (Child, ProcessId),
+/// Watches both processes to the end of the pod, then removes what is left of it.
+async fn watch_helpers(
+    (mut vmm, vmm_id): (Helper, ProcessId),
+    (mut fs, fs_id): (Helper, ProcessId),
     dir: PathBuf,
     network: Arc<Network>,
     life: watch::Sender<Life>,

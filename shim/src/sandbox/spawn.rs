@@ -9,14 +9,21 @@ use std::{
         unix::fs::OpenOptionsExt,
     },
     path::Path,
-    process::Stdio,
+    process::{ExitStatus, Stdio},
 };
 
 use rustix::{
     net::{AddressFamily, SocketFlags, SocketType, socketpair, sockopt},
+    process::{Pid, PidfdFlags, pidfd_open},
     thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space},
 };
-use tokio::process::{Child, Command};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    process::{Child, Command},
+};
+
+use super::state::ProcessId;
+use crate::watch::watch;
 
 /// Workers of the file server.
 pub const FS_WORKERS: usize = 4;
@@ -44,6 +51,46 @@ pub fn fs_channels() -> io::Result<(Vec<OwnedFd>, Vec<OwnedFd>)> {
         fs.push(b);
     }
     Ok((vmm, fs))
+}
+
+/// A process of the pod: started by us, or by a shim before.
+pub enum Helper {
+    /// A child.
+    Child(Child),
+    /// Somebody else's child, by its pidfd.
+    Adopted(AsyncFd<OwnedFd>),
+}
+
+impl Helper {
+    /// The process of `id`, if it is still there. In the runtime of the caller.
+    pub fn adopt(id: ProcessId) -> io::Result<Self> {
+        let gone = || io::Error::from(io::ErrorKind::NotFound);
+        let pid = Pid::from_raw(id.pid).ok_or_else(gone)?;
+        let fd = pidfd_open(pid, PidfdFlags::empty())?;
+        // Only now is the number known to be this process's.
+        if !id.is_alive() {
+            return Err(gone());
+        }
+        let fd = watch(fd, Interest::READABLE)?;
+        Ok(Self::Adopted(fd))
+    }
+
+    /// Waits for its end; how it ended is known of children only.
+    pub async fn wait(&mut self) -> io::Result<ExitStatus> {
+        match self {
+            Self::Child(child) => child.wait().await,
+            Self::Adopted(fd) => {
+                fd.readable().await?.retain_ready();
+                Err(io::Error::other("an earlier shim's child"))
+            }
+        }
+    }
+}
+
+impl From<Child> for Helper {
+    fn from(child: Child) -> Self {
+        Self::Child(child)
+    }
 }
 
 /// The network that a child is in: never the host's.

@@ -223,6 +223,14 @@ pub fn kill_children(dir: &Path) {
     }
 }
 
+/// Removes a file or socket; it is no error that it is gone.
+pub fn remove_file(file: &Path) -> io::Result<()> {
+    match fs::remove_file(file) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    }
+}
+
 /// Writes a file of mode 0600.
 pub fn write_private(file: &Path, text: &str) -> io::Result<()> {
     use io::Write;
@@ -236,7 +244,14 @@ pub fn write_private(file: &Path, text: &str) -> io::Result<()> {
         .write_all(text.as_bytes())
 }
 
-/// Who owns a pod: the shim's process and the bundle it was made for, in `shim.pid`.
+/// Writes a file of mode 0600 that is whole at every moment.
+pub fn replace_private(file: &Path, text: &str) -> io::Result<()> {
+    let next = file.with_extension("new");
+    write_private(&next, text)?;
+    fs::rename(next, file)
+}
+
+/// Who owns a pod: the shim's process (its keeper) and the bundle it was made for, in `shim.pid`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Owner {
     /// The shim.

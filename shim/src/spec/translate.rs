@@ -5,6 +5,7 @@
 
 use std::fs;
 
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
@@ -75,7 +76,7 @@ impl HostCpus {
 }
 
 /// The host CPUs of a container's cpuset, and how many of them the machine has.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Cpus {
     host: Vec<u32>,
     vcpus: u64,

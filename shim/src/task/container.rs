@@ -40,6 +40,8 @@ pub struct Container {
     pub made: Made,
     execs: Mutex<HashMap<String, Arc<Process>>>,
     paused: AtomicBool,
+    /// Taken over, and nobody has asked to create it since.
+    recovered: AtomicBool,
 }
 
 impl Container {
@@ -59,7 +61,18 @@ impl Container {
             made,
             execs: Mutex::default(),
             paused: AtomicBool::new(false),
+            recovered: AtomicBool::new(false),
         })
+    }
+
+    /// It was taken over: its Create may come again, which was answered by nobody.
+    pub fn recover(&self) {
+        self.recovered.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether a Create of what is there is such a one; true once.
+    pub fn is_asked_again(&self) -> bool {
+        self.recovered.swap(false, Ordering::Relaxed)
     }
 
     /// The init process for an empty id, else the exec.

@@ -17,6 +17,7 @@ use super::{
     container::{Container, Made},
     error::Error,
     process::{Phase, Process},
+    record::Record,
 };
 use crate::{
     hooks::{self, Runner},
@@ -29,7 +30,7 @@ use crate::{
         vsock,
     },
     spec::{self, Cpus, Guest, Host, Spec},
-    stdio::{Io, Paths, Pumps},
+    stdio::{Io, Keep, Paths, Pumps},
 };
 
 impl Shared {
@@ -39,6 +40,12 @@ impl Shared {
         req: &CreateTaskRequest,
     ) -> Result<CreateTaskResponse, Error> {
         check_id("id", &req.id)?;
+        let there = self.container(&req.id).ok();
+        if let Some(container) = there.filter(|c| c.is_asked_again()) {
+            let mut response = CreateTaskResponse::new();
+            response.pid = container.pod.pid();
+            return Ok(response);
+        }
         self.reserve(&req.id)?;
         let result = self.create_reserved(req).await;
         self.state().creating.remove(&req.id);
@@ -82,7 +89,7 @@ impl Shared {
             stderr: req.stderr.clone(),
             terminal: req.terminal,
         };
-        let io = Io::open(&paths)?;
+        let io = Io::open(&paths, Keep::new(&self.kept, &req.id, ""))?;
         let plan = Plan::new(&req.rootfs, &mut spec, &mut self.state().trees)?;
         let pod = match self.pod_with(&bundle, &spec, &plan.trees).await {
             Ok(pod) => pod,
@@ -92,12 +99,21 @@ impl Shared {
             }
         };
         let hooks = hooks_of(&spec, &req.id, &bundle, &pod);
+        let record = Record {
+            id: req.id.clone(),
+            bundle: bundle.clone(),
+            trees: plan.trees.clone(),
+            hooks: hooks.clone(),
+            made: None,
+        };
+        record.save(pod.dir());
         let made = self.make_with(&pod, req, &mut spec, &plan, &hooks, io);
         let (init_pid, cpus, pumps) = match made.await {
             Ok(made) => made,
             Err(error) => {
                 self.release_trees(Some(&pod), &plan.trees).await;
                 hooks.poststop().await;
+                Record::forget(pod.dir(), &req.id);
                 return Err(error);
             }
         };
@@ -110,6 +126,7 @@ impl Shared {
             init_pid,
         };
         let container = Container::new(&req.id, bundle, pod.clone(), init, made);
+        container.save();
         // The event first: once the container is in the table, other events of it may follow.
         self.publish_create(req, pod.pid());
         self.state()
@@ -163,12 +180,7 @@ impl Shared {
             network,
         )?;
         self.state().pod = Some(pod.clone());
-        let shared = self.clone();
-        let watched = pod.clone();
-        tokio::spawn(async move {
-            watched.ended().await;
-            shared.machine_ended(&watched).await;
-        });
+        self.watch_machine(&pod);
         // The rootfs and the taps are prepared while the guest boots.
         let started = async {
             tokio::try_join!(
@@ -188,6 +200,9 @@ impl Shared {
             pod.stop().await;
             self.state().pod = None;
             return Err(error.into());
+        }
+        if let Err(error) = pod.save(spec.port_forward()) {
+            tracing::warn!(%error, "should the shim die, the pod ends with it");
         }
         network::follow::start(&pod, pod.network());
         if spec.port_forward() {
@@ -286,6 +301,10 @@ impl Shared {
                 phase: "not running",
             });
         }
+        let there = container.process(&req.exec_id).ok();
+        if there.is_some_and(|process| process.is_asked_again()) {
+            return Ok(Empty::new());
+        }
         let program = spec::process(&req.spec.value, &container.made.cpus)?;
         let paths = Paths {
             stdin: req.stdin.clone(),
@@ -293,7 +312,7 @@ impl Shared {
             stderr: req.stderr.clone(),
             terminal: req.terminal,
         };
-        let io = Io::open(&paths)?;
+        let io = Io::open(&paths, Keep::new(&self.kept, &req.id, &req.exec_id))?;
         let process = Process::new(&req.exec_id, paths);
         container.add_exec(process.clone())?;
         let made = self.make_exec(&container, req, program, io).await;
@@ -304,6 +323,7 @@ impl Shared {
                 return Err(error);
             }
         }
+        container.save();
         let mut event = TaskExecAdded::new();
         event.container_id.clone_from(&req.id);
         event.exec_id.clone_from(&req.exec_id);

@@ -17,6 +17,7 @@ use super::{
     error::Error,
     now,
     process::{Exit, Phase, Process},
+    record::Record,
 };
 use crate::sandbox::{Pod, deadline};
 
@@ -33,6 +34,11 @@ impl Shared {
         exec_id: &str,
     ) -> Result<StartResponse, Error> {
         let (container, process) = self.process(id, exec_id)?;
+        if process.phase() != Phase::Created && process.is_asked_again() {
+            let mut response = StartResponse::new();
+            response.pid = container.pod.pid();
+            return Ok(response);
+        }
         if !process.begin_start() {
             return Err(Error::State {
                 id: container.name(exec_id),
@@ -50,7 +56,9 @@ impl Shared {
         };
         if let Err(error) = started.await {
             // Never started, so no event; but who waits gets an answer.
+            process.set_told();
             process.stop(killed(NOT_STARTED));
+            container.save();
             return Err(error);
         }
         if exec_id.is_empty()
@@ -88,7 +96,7 @@ impl Shared {
     }
 
     /// Waits for the end of a process in the background.
-    fn watch(self: &Arc<Self>, container: Arc<Container>, process: Arc<Process>) {
+    pub(super) fn watch(self: &Arc<Self>, container: Arc<Container>, process: Arc<Process>) {
         let shared = self.clone();
         tokio::spawn(async move {
             let exit = exit_of(&container, &process.exec_id).await;
@@ -96,14 +104,32 @@ impl Shared {
         });
     }
 
+    /// Watches the machine to its end.
+    pub(super) fn watch_machine(self: &Arc<Self>, pod: &Arc<Pod>) {
+        let (shared, pod) = (self.clone(), pod.clone());
+        tokio::spawn(async move {
+            pod.ended().await;
+            shared.machine_ended(&pod).await;
+        });
+    }
+
     /// Records an end, once, and tells containerd.
-    async fn record(&self, container: &Container, process: &Process, exit: Exit) {
+    async fn record(&self, container: &Arc<Container>, process: &Arc<Process>, exit: Exit) {
         process.settled().await;
-        let (status, at, oom) = (exit.status, exit.at.clone(), exit.oom);
-        if !process.stop(exit) {
-            return;
+        if process.stop(exit.clone()) {
+            container.save();
+            self.tell_exit(container, process, &exit);
         }
-        if oom {
+    }
+
+    /// Queues the events of an end.
+    pub(super) fn tell_exit(
+        &self,
+        container: &Arc<Container>,
+        process: &Arc<Process>,
+        exit: &Exit,
+    ) {
+        if exit.oom {
             let mut event = TaskOOM::new();
             event.container_id.clone_from(&container.id);
             self.events.publish(&event);
@@ -115,13 +141,17 @@ impl Shared {
             exec => exec.into(),
         };
         event.pid = container.pod.pid();
-        event.exit_status = status;
-        event.exited_at = MessageField::some(at);
-        self.events.publish(&event);
+        event.exit_status = exit.status;
+        event.exited_at = MessageField::some(exit.at.clone());
+        let (of, told) = (container.clone(), process.clone());
+        self.events.publish_then(&event, move || {
+            told.set_told();
+            of.save();
+        });
         tracing::info!(
             container = container.id,
             exec = process.exec_id,
-            status,
+            status = exit.status,
             "ended"
         );
     }
@@ -192,6 +222,7 @@ impl Shared {
             if self.state().containers.remove(id).is_none() {
                 return Err(Error::NotFound(container.name("")));
             }
+            Record::forget(container.pod.dir(), id);
             self.release_trees(Some(&container.pod), &container.made.trees)
                 .await;
             let mut event = TaskDelete::new();
@@ -205,6 +236,7 @@ impl Shared {
             tracing::info!(container = id, "deleted");
         } else {
             container.remove_exec(exec_id);
+            container.save();
         }
         let mut response = DeleteResponse::new();
         response.pid = pid;
@@ -234,7 +266,7 @@ impl Shared {
     }
 
     /// With its init every exec of a container ends (the pid namespace is gone).
-    async fn end_execs(&self, container: &Container) {
+    async fn end_execs(&self, container: &Arc<Container>) {
         for exec in container.exec_list() {
             if matches!(exec.phase(), Phase::Running | Phase::Starting)
                 && timeout(Duration::from_secs(2), exec.wait()).await.is_err()
@@ -314,7 +346,8 @@ async fn delete_in_guest(container: &Container, exec_id: &str) -> Result<(), Err
     }
 }
 
-fn killed(status: u32) -> Exit {
+/// An end without the agent's word.
+pub fn killed(status: u32) -> Exit {
     Exit {
         status,
         at: now(),

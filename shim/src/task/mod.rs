@@ -1,14 +1,16 @@
 //! containerd's Task service, one implementation under the names of v2 and v3.
 //!
-//! `create.rs` makes containers and execs, `life.rs` starts, ends and deletes processes; here stand the service's
-//! state and the calls that only pass on to the agent. The pid that is told for every process is the VMM's on the
+//! `create.rs` makes containers and execs, `life.rs` starts, ends and deletes processes, `record.rs` and `adopt.rs` let another shim take
+//! over; here stand the service's state and the calls that only pass on to the agent. The pid that is told for every process is the VMM's on the
 //! host (its network namespace is the pod's); guest pids are in the answer of `Pids` only.
 
+mod adopt;
 pub mod container;
 mod create;
 pub mod error;
 mod life;
 pub mod process;
+mod record;
 pub mod stats;
 
 use std::{
@@ -42,6 +44,7 @@ use self::{
 use crate::{
     config::Config,
     events::Publisher,
+    keeper::{self, Kept},
     mounts::{Table, Tree},
     sandbox::{self, Pod, deadline},
     spec,
@@ -65,6 +68,7 @@ pub struct Shared {
     pod_id: String,
     events: Publisher,
     shutdown: Arc<Notify>,
+    kept: Kept,
     /// Held while the machine boots, so that it boots once.
     boot: tokio::sync::Mutex<()>,
     state: Mutex<State>,
@@ -92,6 +96,7 @@ impl Service {
         pod_id: &str,
         events: Publisher,
         shutdown: Arc<Notify>,
+        kept: Kept,
     ) -> Self {
         Self(Arc::new(Shared {
             config,
@@ -99,6 +104,7 @@ impl Service {
             pod_id: pod_id.into(),
             events,
             shutdown,
+            kept,
             boot: tokio::sync::Mutex::default(),
             state: Mutex::default(),
         }))
@@ -246,6 +252,7 @@ impl Shared {
         };
         answer(&container.pod, result).await?;
         container.set_paused(pause);
+        container.save();
         if pause {
             let mut event = TaskPaused::new();
             event.container_id = id.into();
@@ -299,7 +306,7 @@ impl Shared {
 
     fn connect(&self, id: &str) -> Result<ConnectResponse, Error> {
         let mut response = ConnectResponse::new();
-        response.shim_pid = std::process::id();
+        response.shim_pid = keeper::pid();
         response.task_pid = self.container(id)?.pod.pid();
         response.version = env!("CARGO_PKG_VERSION").into();
         Ok(response)

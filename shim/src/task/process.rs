@@ -8,7 +8,10 @@
 //! The exit is recorded and its event queued in one place, after the start was settled: so TaskExit never comes
 //! before TaskStart.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError,
+    atomic::{AtomicBool, Ordering},
+};
 
 use protobuf::well_known_types::timestamp::Timestamp;
 use tokio::sync::{Notify, watch};
@@ -47,6 +50,10 @@ pub struct Process {
     pub paths: Paths,
     phase: watch::Sender<Phase>,
     pumps: Mutex<Option<Pumps>>,
+    /// containerd has its exit.
+    told: AtomicBool,
+    /// Taken over, and nobody has asked for its start since.
+    recovered: AtomicBool,
 }
 
 impl Process {
@@ -57,7 +64,29 @@ impl Process {
             paths,
             phase: watch::Sender::new(Phase::Created),
             pumps: Mutex::new(None),
+            told: AtomicBool::new(false),
+            recovered: AtomicBool::new(false),
         })
+    }
+
+    /// Whether containerd was told of its end.
+    pub fn is_told(&self) -> bool {
+        self.told.load(Ordering::Relaxed)
+    }
+
+    /// containerd was told of its end.
+    pub fn set_told(&self) {
+        self.told.store(true, Ordering::Relaxed);
+    }
+
+    /// It was taken over: a call for it may come again that was answered by nobody.
+    pub fn recover(&self) {
+        self.recovered.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether a call that would do again what is done is such a one; true once.
+    pub fn is_asked_again(&self) -> bool {
+        self.recovered.swap(false, Ordering::Relaxed)
     }
 
     /// The phase now.

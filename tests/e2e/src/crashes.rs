@@ -25,8 +25,7 @@ pub const TESTS: &[Test] = &[
         BUSYBOX,
         &[Engine::Emulated]
     ),
-    test!(crashes::shim_killed_at_rest, BUSYBOX, MACHINES),
-    test!(crashes::shim_killed_during_start, BUSYBOX, MACHINES),
+    test!(crashes::keeper_killed_during_start, BUSYBOX, MACHINES),
     test!(crashes::guest_panic_is_quoted, BUSYBOX, MACHINES),
     test!(crashes::agent_killed_is_a_guest_panic, BUSYBOX, MACHINES),
 ];
@@ -101,9 +100,8 @@ fn killed_during_start(suite: &Suite, victim: &str) -> Outcome {
                 "no {victim}: {}",
                 running.stderr()
             );
-            // The shim's first process, `… start`, only starts the second one and is gone soon.
             let mut all = pod.processes().into_iter();
-            let found = all.find(|p| p.name.starts_with(victim) && !p.line.ends_with("start "));
+            let found = all.find(|p| p.name.starts_with(victim) || p.command() == victim);
             if let Some(process) = found {
                 let since = *seen.get_or_insert_with(Instant::now);
                 if since.elapsed().as_millis() >= delay && process.signal(Signal::KILL).is_ok() {
@@ -149,26 +147,8 @@ fn emulator_killed_at_rest(suite: &Suite) -> Outcome {
     killed(suite, "sleep 1000", "qemu-system")
 }
 
-fn shim_killed_at_rest(suite: &Suite) -> Outcome {
-    let events = Events::subscribe(suite)?;
-    let pod = suite.busybox().sh("sleep 1000").detach()?;
-    pod.process("containerd-shim")?.signal(Signal::KILL)?;
-    events.wait_for(pod.name(), "/tasks/exit", suite.scale.seconds(5))?;
-    let end = Instant::now() + suite.scale.seconds(5);
-    while !pod.processes().is_empty() {
-        let left = pod.processes();
-        ensure!(
-            Instant::now() < end,
-            "still there after the shim's death: {left:?}"
-        );
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    pod.delete_by_force()?;
-    next_pod_runs(suite)
-}
-
-fn shim_killed_during_start(suite: &Suite) -> Outcome {
-    killed_during_start(suite, "containerd-shim")
+fn keeper_killed_during_start(suite: &Suite) -> Outcome {
+    killed_during_start(suite, "bulkhead-keeper")
 }
 
 fn panicked(suite: &Suite, script: &str, line: &str) -> Outcome {

@@ -23,6 +23,7 @@ mod network;
 mod pods;
 mod process;
 mod stdio;
+mod survival;
 mod view;
 
 #[derive(Parser)]
@@ -118,6 +119,7 @@ fn all() -> Vec<Test> {
         pods::TESTS,
         bad_input::TESTS,
         crashes::TESTS,
+        survival::TESTS,
         cri::TESTS,
     ]
     .concat();

@@ -100,7 +100,13 @@ disabled_plugins = [{cri_off}"io.containerd.snapshotter.v1.aufs", "io.containerd
 
     /// Ends containerd and starts it again; tasks go on in between.
     pub fn restart(&mut self) -> Outcome {
+        self.restart_and(|| Ok(()))
+    }
+
+    /// The same, and something else while it is away.
+    pub fn restart_and(&mut self, meanwhile: impl FnOnce() -> Outcome) -> Outcome {
         self.end()?;
+        meanwhile()?;
         self.child = Self::spawn(&self.settings)?;
         self.wait_until_ready()
     }

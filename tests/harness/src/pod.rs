@@ -175,6 +175,18 @@ impl<'a> Run<'a> {
         Ok(pod)
     }
 
+    /// Starts the container and lets go of it; its output goes to where the URI says.
+    pub fn log_to(self, uri: &str) -> Outcome<Pod<'a>> {
+        let pod = Pod {
+            suite: self.suite,
+            name: self.name.clone(),
+            attached: false,
+            gone: false,
+        };
+        self.invocation(&["-d", "--log-uri", uri]).output()?.ok()?;
+        Ok(pod)
+    }
+
     /// Starts the container with the client attached, as a pod that can be asked.
     pub fn attach(self) -> Outcome<(Pod<'a>, Running)> {
         let pod = Pod {
@@ -288,6 +300,23 @@ impl Pod<'_> {
             }
         }
         mine
+    }
+
+    /// The pod's process that is called `name` (comm).
+    pub fn command(&self, name: &str) -> Outcome<Process> {
+        let mut all = self.processes().into_iter();
+        all.find(|p| p.command() == name)
+            .context(format_args!("no process {name} of {}", self.name))
+    }
+
+    /// The process that answers for the pod: the keeper's child.
+    pub fn shim(&self) -> Outcome<Process> {
+        let keeper = self.command("bulkhead-keeper")?;
+        let mut all = self.processes().into_iter();
+        all.find(|p| {
+            p.name.starts_with("containerd-shim") && process::parent(p.pid) == Some(keeper.pid)
+        })
+        .context(format_args!("no shim of {}", self.name))
     }
 
     /// The pod's process whose executable's name begins with `name`.

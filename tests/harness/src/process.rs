@@ -37,6 +37,12 @@ impl Process {
             .context(format_args!("signal {} ({})", self.name, self.pid))
     }
 
+    /// What it calls itself.
+    pub fn command(&self) -> String {
+        let comm = fs::read_to_string(format!("/proc/{}/comm", self.pid)).unwrap_or_default();
+        comm.trim_end().to_owned()
+    }
+
     /// Whether it is there and no zombie.
     pub fn is_alive(&self) -> bool {
         fs::read_to_string(format!("/proc/{}/stat", self.pid))

@@ -49,8 +49,8 @@ pub struct Link {
 pub struct State {
     /// In the order of their numbers.
     pub links: BTreeMap<u32, Link>,
-    /// Whether a tap of ours (of whatever pod) is there.
-    pub taps: Vec<String>,
+    /// Taps of ours (of whatever pod), with their numbers.
+    pub taps: BTreeMap<String, u32>,
     addresses: Vec<(u32, agent::Address)>,
     routes: Vec<(Option<u32>, agent::Route)>,
     neighbours: Vec<(u32, agent::Neighbour)>,
@@ -113,7 +113,7 @@ impl State {
             }
         }
         if link.name.starts_with(tap::PREFIX) {
-            self.taps.push(link.name);
+            self.taps.insert(link.name, link.index);
         } else if message.header.link_layer_type == LinkLayerType::Ether
             && is_station(link.mac)
             && !port

@@ -61,6 +61,8 @@ use crate::config::Engine;
 const PAIRS_MAX: usize = 8;
 /// How long the agent may take to set the network.
 const SET: Duration = Duration::from_secs(30);
+/// What is tried when an interface and its tap are connected.
+const REDIRECTING: &str = "redirecting it (tc: ingress, u32, mirred)";
 /// Number of `lo` in every namespace.
 const LOOPBACK: u32 = 1;
 
@@ -166,23 +168,77 @@ impl Network {
         engine: Engine,
         vcpus: u64,
     ) -> Result<Arc<Self>, Error> {
-        let fresh = namespace.path().is_none();
-        let opened = namespace.run(|| {
-            // Before anything is read, so that no change is lost.
-            let changes = follow::socket()?;
-            let mut netlink = Netlink::open()?;
-            if fresh {
-                raise_loopback(&mut netlink)?;
-            }
-            Ok((netlink, changes))
-        });
-        let (mut netlink, changes) = opened.map_err(Error::Namespace)?;
-        if !fresh {
-            let state = State::read(&mut netlink).map_err(Error::Read)?;
-            if let Some(tap) = state.taps.into_iter().next() {
+        let network = Self::open(namespace, dir, control, engine, vcpus)?;
+        let mut served = network.served.try_lock().map_err(|_| Error::Closed)?;
+        let netlink = &mut served.netlink;
+        if network.namespace.path().is_none() {
+            raise_loopback(netlink).map_err(Error::Namespace)?;
+        } else {
+            let state = State::read(netlink).map_err(Error::Read)?;
+            if let Some((tap, _)) = state.taps.into_iter().next() {
                 return Err(Error::Taken(tap));
             }
         }
+        drop(served);
+        Ok(network)
+    }
+
+    /// That of a pod which another shim has left: what it has noted is in its slots already.
+    pub fn adopt(
+        namespace: Namespace,
+        dir: &Path,
+        control: control::Client,
+        engine: Engine,
+        vcpus: u64,
+    ) -> Result<Arc<Self>, Error> {
+        let network = Self::open(namespace, dir, control, engine, vcpus)?;
+        let mut served = network.served.try_lock().map_err(|_| Error::Closed)?;
+        let served = &mut *served;
+        let state = State::read(&mut served.netlink).map_err(Error::Read)?;
+        for noted in note::load(dir, &network.namespace) {
+            let link = state.links.get(&noted.index);
+            let tap = state.taps.get(&tap::name(noted.slot));
+            if let (Some(link), Some(&tap)) = (link, tap)
+                && let Some(slot) = served.slots.get_mut(noted.slot)
+            {
+                *slot = Some(Slot {
+                    link: link.clone(),
+                    tap,
+                    noted,
+                });
+                // Done last when an interface is plugged in: the shim may have died before.
+                redirect::to_guest(&mut served.netlink, noted.index, tap).map_err(|source| {
+                    Error::Link {
+                        link: link.name.clone(),
+                        what: REDIRECTING,
+                        source,
+                    }
+                })?;
+            } else if link.is_some()
+                && let Err(error) =
+                    redirect::disconnect(&mut served.netlink, noted.index, noted.qdisc)
+            {
+                tracing::warn!(%error, "half of a redirect stays");
+            }
+        }
+        // What the guest has been told is not known.
+        served.sent = None;
+        Ok(network.clone())
+    }
+
+    fn open(
+        namespace: Namespace,
+        dir: &Path,
+        control: control::Client,
+        engine: Engine,
+        vcpus: u64,
+    ) -> Result<Arc<Self>, Error> {
+        let opened = namespace.run(|| {
+            // Before anything is read, so that no change is lost.
+            let changes = follow::socket()?;
+            Ok((Netlink::open()?, changes))
+        });
+        let (netlink, changes) = opened.map_err(Error::Namespace)?;
         Ok(Arc::new(Self {
             namespace: Arc::new(namespace),
             dir: dir.to_owned(),
@@ -340,6 +396,7 @@ impl Network {
         let others = redirect::with_qdisc(netlink).map_err(at("reading its qdiscs"))?;
         let noted = Noted {
             index: link.index,
+            slot: number,
             qdisc: !others.contains(&link.index),
         };
         self.note(served, Some(noted)).map_err(at("noting it"))?;
@@ -357,10 +414,9 @@ impl Network {
             noted,
         });
         let netlink = &mut served.netlink;
-        let redirecting = "redirecting it (tc: ingress, u32, mirred)";
         // The wall against forged sources stands before the guest can send anything.
         let done = redirect::from_guest(netlink, link.index, index, link.mac)
-            .map_err(at(redirecting))
+            .map_err(at(REDIRECTING))
             .and_then(|()| {
                 let up = tap::raise(netlink, index, link.mtu);
                 up.map_err(at("bringing its tap up"))
@@ -368,7 +424,7 @@ impl Network {
             .and_then(|()| self.hand_over(number, link, tap))
             .and_then(|()| {
                 let redirected = redirect::to_guest(netlink, link.index, index);
-                redirected.map_err(at(redirecting))
+                redirected.map_err(at(REDIRECTING))
             });
         match &done {
             Ok(()) => tracing::info!(link = link.name, slot = number, mtu = link.mtu, "attached"),
@@ -481,7 +537,7 @@ fn check_limits(request: &SetNetworkRequest) -> Result<(), Error> {
 }
 
 fn take_off(netlink: &mut Netlink, slot: &Slot) {
-    let Noted { index, qdisc } = slot.noted;
+    let Noted { index, qdisc, .. } = slot.noted;
     if let Err(error) = redirect::disconnect(netlink, index, qdisc) {
         tracing::warn!(link = slot.link.name, %error, "the redirect stays");
     }

@@ -106,6 +106,12 @@ impl Namespace {
         })
     }
 
+    /// The one that a process of the pod is in; `path` is where it can be found without us.
+    pub fn of_process(pid: u32, path: Option<PathBuf>) -> io::Result<Self> {
+        let namespace = Self::open(Path::new(&format!("/proc/{pid}/ns/net")))?;
+        Ok(Self { path, ..namespace })
+    }
+
     /// Whether it was reached through a process (`/proc/<pid>/ns/net`, also by a symbolic link), not at a mount: proc_pid_fd(5) then
     /// shows `net:[inode]` instead of a path.
     fn is_of_process(&self) -> bool {

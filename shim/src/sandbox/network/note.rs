@@ -13,12 +13,10 @@ use super::{
     netlink::Netlink,
     redirect,
 };
-use crate::sandbox::state::write_private;
+use crate::sandbox::state::replace_private;
 
 /// Its name.
 const FILE: &str = "network.json";
-/// That of the next one, until it is whole.
-const NEXT: &str = "network.json.new";
 /// Longest file that is read.
 const FILE_MAX: u64 = 64 << 10;
 
@@ -27,6 +25,8 @@ const FILE_MAX: u64 = 64 << 10;
 pub struct Noted {
     /// Its number.
     pub index: u32,
+    /// The slot that it is in.
+    pub slot: usize,
     /// Whether the qdisc is ours, too.
     pub qdisc: bool,
 }
@@ -34,47 +34,43 @@ pub struct Noted {
 /// The file.
 #[derive(Debug, Serialize, Deserialize)]
 struct Note {
-    namespace: PathBuf,
+    /// None: it goes with the pod.
+    namespace: Option<PathBuf>,
     identity: Identity,
     links: Vec<Noted>,
 }
 
-/// Writes what is on the interfaces of `namespace`. A namespace without a path goes with the pod: then there is nothing to write.
+/// Writes what is on the interfaces of `namespace`.
 pub fn write(dir: &Path, namespace: &Namespace, links: Vec<Noted>) -> io::Result<()> {
-    let Some(path) = namespace.path() else {
-        return Ok(());
-    };
     let note = Note {
-        namespace: path.to_owned(),
+        namespace: namespace.path().map(Path::to_owned),
         identity: namespace.identity(),
         links,
     };
     let text = serde_json::to_string(&note).map_err(io::Error::other)?;
-    let next = dir.join(NEXT);
-    write_private(&next, &text)?;
-    fs::rename(next, dir.join(FILE))
+    replace_private(&dir.join(FILE), &text)
+}
+
+fn read(dir: &Path) -> Option<Note> {
+    let file = dir.join(FILE);
+    if fs::metadata(&file).ok()?.len() > FILE_MAX {
+        return None;
+    }
+    serde_json::from_slice(&fs::read(&file).ok()?).ok()
+}
+
+/// What a shim before has noted of `namespace`.
+pub fn load(dir: &Path, namespace: &Namespace) -> Vec<Noted> {
+    let note = read(dir).filter(|note| note.identity == namespace.identity());
+    note.map_or_else(Vec::new, |note| note.links)
 }
 
 /// Takes off what a dead shim's note tells.
 pub fn clean(dir: &Path) {
-    let file = dir.join(FILE);
-    let Ok(text) = fs::metadata(&file)
-        .map(|m| m.len() <= FILE_MAX)
-        .and_then(|small| {
-            if small {
-                fs::read(&file)
-            } else {
-                Ok(Vec::new())
-            }
-        })
-    else {
-        return;
-    };
-    let Ok(note) = serde_json::from_slice::<Note>(&text) else {
-        return;
-    };
+    let Some(note) = read(dir) else { return };
+    let Some(path) = note.namespace else { return };
     // Gone, or another of the same name: then so are our traces.
-    let Ok(namespace) = Namespace::open(&note.namespace) else {
+    let Ok(namespace) = Namespace::open(&path) else {
         return;
     };
     if namespace.identity() != note.identity {
@@ -85,7 +81,7 @@ pub fn clean(dir: &Path) {
     };
     for link in note.links {
         if let Err(error) = redirect::disconnect(&mut netlink, link.index, link.qdisc) {
-            tracing::warn!(%error, namespace = %note.namespace.display(), "a redirect stays");
+            tracing::warn!(%error, namespace = %path.display(), "a redirect stays");
         }
     }
 }

@@ -33,9 +33,14 @@ pub struct Tap {
     pub queues: Vec<OwnedFd>,
 }
 
+/// The name of a slot's tap.
+pub fn name(slot: usize) -> String {
+    format!("{PREFIX}{slot}")
+}
+
 /// The tap of a slot, with so many queues, down.
 pub fn make(namespace: &Namespace, slot: usize, queues: usize) -> io::Result<Tap> {
-    let name = format!("{PREFIX}{slot}");
+    let name = name(slot);
     namespace.run(|| {
         let queues = (0..queues.max(1))
             .map(|number| open_queue(&name, number, queues > 1))

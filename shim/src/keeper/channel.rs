@@ -1,0 +1,136 @@
+//! The channel between keeper and worker: packets of JSON, each with at most one descriptor.
+
+use std::{
+    io::{self, IoSlice, IoSliceMut},
+    mem::MaybeUninit,
+    os::fd::{BorrowedFd, OwnedFd},
+};
+
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+};
+use serde::{Deserialize, Serialize};
+
+/// Longest packet: names of processes are ids.
+const PACKET_MAX: usize = 4096;
+
+/// What the two tell each other.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Message {
+    /// To the keeper: keep this descriptor. To a new worker: this was kept.
+    Store {
+        /// Whose it is.
+        process: String,
+        /// What it is.
+        role: String,
+    },
+    /// To the keeper: close it; without a role, all of the process.
+    Forget {
+        /// Whose it is.
+        process: String,
+        /// What it is.
+        role: Option<String>,
+    },
+    /// To the worker: a connection of containerd.
+    Client,
+    /// To the worker: that was all, begin. `deaths`: how often a worker died lately.
+    Go {
+        /// How often a worker died lately.
+        deaths: usize,
+    },
+    /// To the keeper: the pod is over, and so are we.
+    End,
+}
+
+/// Both ends.
+pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    let flags = SocketFlags::CLOEXEC;
+    Ok(socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        flags,
+        None,
+    )?)
+}
+
+/// Sends a message; waits while the peer is busy.
+pub fn send(
+    channel: BorrowedFd<'_>,
+    message: &Message,
+    fd: Option<BorrowedFd<'_>>,
+) -> io::Result<()> {
+    let text = serde_json::to_vec(message).map_err(io::Error::other)?;
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds = fd.map(|fd| [fd]);
+    if let Some(fds) = &fds
+        && !control.push(SendAncillaryMessage::ScmRights(fds))
+    {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let data = [IoSlice::new(&text)];
+    sendmsg(channel, &data, &mut control, SendFlags::NOSIGNAL)?;
+    Ok(())
+}
+
+/// The next message; none if there is none and `wait` is false. The end of the peer is an error.
+pub fn receive(
+    channel: BorrowedFd<'_>,
+    wait: bool,
+) -> io::Result<Option<(Message, Option<OwnedFd>)>> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut buffer = [0; PACKET_MAX];
+    let mut flags = RecvFlags::CMSG_CLOEXEC;
+    if !wait {
+        flags |= RecvFlags::DONTWAIT;
+    }
+    let received = loop {
+        let mut data = [IoSliceMut::new(&mut buffer)];
+        match recvmsg(channel, &mut data, &mut control, flags) {
+            Err(rustix::io::Errno::INTR) => {}
+            Err(rustix::io::Errno::AGAIN) if !wait => return Ok(None),
+            other => break other?.bytes,
+        }
+    };
+    if received == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    let mut fd = None;
+    for part in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(fds) = part {
+            fd = fds.last();
+        }
+    }
+    let text = buffer.get(..received).unwrap_or_default();
+    let message = serde_json::from_slice(text).map_err(io::Error::other)?;
+    Ok(Some((message, fd)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    #[test]
+    fn messages_and_descriptors_arrive_and_the_end_is_told() {
+        let (a, b) = pair().unwrap();
+        assert!(receive(b.as_fd(), false).unwrap().is_none());
+        let store = || Message::Store {
+            process: "web/".into(),
+            role: "stdout".into(),
+        };
+        let file = std::fs::File::open("/dev/null").unwrap();
+        send(a.as_fd(), &store(), Some(file.as_fd())).unwrap();
+        send(a.as_fd(), &Message::Go { deaths: 2 }, None).unwrap();
+        let (message, fd) = receive(b.as_fd(), true).unwrap().unwrap();
+        assert!(message == store() && fd.is_some());
+        let (message, fd) = receive(b.as_fd(), true).unwrap().unwrap();
+        assert!(message == Message::Go { deaths: 2 } && fd.is_none());
+        drop(a);
+        assert!(receive(b.as_fd(), false).is_err());
+    }
+}

@@ -1,0 +1,263 @@
+//! A connection of containerd, passed on to the worker frame by frame, with the calls that have no answer yet.
+
+use std::{
+    collections::BTreeMap,
+    io::{self, Read, Write},
+    os::unix::net::UnixStream,
+    time::{Duration, Instant},
+};
+
+use rustix::event::{PollFd, PollFlags};
+
+use super::{
+    frame::{Cutter, Frame},
+    stream_pair,
+};
+
+/// Bytes that wait for one side at most before the other is not read any more (and one frame more).
+const WAITING_MAX: usize = 64 << 10;
+/// Calls without an answer at most: more are not read.
+const CALLS_MAX: usize = 16 * 1024;
+/// How long the worker's death may take to be seen after one of its connections ended; a connection that it closed alone is closed.
+const DEATH: Duration = Duration::from_secs(1);
+
+/// One connection.
+pub struct Client {
+    outer: UnixStream,
+    inner: UnixStream,
+    asked: Cutter,
+    answered: Cutter,
+    to_worker: Vec<u8>,
+    to_client: Vec<u8>,
+    /// By stream, oldest first.
+    calls: BTreeMap<u32, Frame>,
+    /// Since when the worker's end is closed.
+    lost: Option<Instant>,
+    over: bool,
+}
+
+impl Client {
+    /// A new connection, and the worker's end of it.
+    pub fn new(outer: UnixStream) -> io::Result<(Self, UnixStream)> {
+        outer.set_nonblocking(true)?;
+        let (inner, theirs) = stream_pair()?;
+        let client = Self {
+            outer,
+            inner,
+            asked: Cutter::default(),
+            answered: Cutter::default(),
+            to_worker: Vec::new(),
+            to_client: Vec::new(),
+            calls: BTreeMap::new(),
+            lost: None,
+            over: false,
+        };
+        Ok((client, theirs))
+    }
+
+    /// Whether it has ended.
+    pub fn is_over(&self) -> bool {
+        self.over || self.lost.is_some_and(|at| at.elapsed() > DEATH)
+    }
+
+    /// Whether something is still on its way to containerd.
+    pub fn has_words(&self) -> bool {
+        !self.over && (self.lost.is_none() || !self.to_client.is_empty())
+    }
+
+    /// When it wants to be looked at even if nothing happens.
+    pub fn timeout(&self) -> Option<Duration> {
+        self.lost.map(|_| DEATH / 4)
+    }
+
+    /// What it waits for.
+    pub fn interests<'a>(&'a self, fds: &mut Vec<PollFd<'a>>) {
+        let mut outer = PollFlags::empty();
+        outer.set(PollFlags::IN, self.takes_calls());
+        outer.set(PollFlags::OUT, !self.to_client.is_empty());
+        fds.push(PollFd::new(&self.outer, outer));
+        if self.lost.is_none() {
+            let mut inner = PollFlags::empty();
+            inner.set(PollFlags::IN, self.to_client.len() < WAITING_MAX);
+            inner.set(PollFlags::OUT, !self.to_worker.is_empty());
+            fds.push(PollFd::new(&self.inner, inner));
+        }
+    }
+
+    fn takes_calls(&self) -> bool {
+        self.to_worker.len() < WAITING_MAX && self.calls.len() < CALLS_MAX
+    }
+
+    /// Moves what can be moved.
+    pub fn pump(&mut self) {
+        if self.over {
+            return;
+        }
+        let outer = self.take_calls().and_then(|open| {
+            self.take_answers()?;
+            write(&mut self.outer, &mut self.to_client)?;
+            Ok(open)
+        });
+        self.over = !outer.unwrap_or(false);
+        if self.lost.is_none() && write(&mut self.inner, &mut self.to_worker).is_err() {
+            self.lost = Some(Instant::now());
+        }
+    }
+
+    /// From containerd; false at its end.
+    fn take_calls(&mut self) -> io::Result<bool> {
+        while self.takes_calls() {
+            let mut buffer = [0; 16 << 10];
+            let Some(n) = read(&mut self.outer, &mut buffer)? else {
+                return Ok(true);
+            };
+            if n == 0 {
+                return Ok(false);
+            }
+            self.asked.push(buffer.get(..n).unwrap_or_default());
+            while let Some(frame) = self.asked.next()? {
+                self.to_worker.extend_from_slice(frame.bytes());
+                if frame.is_request() {
+                    self.calls.insert(frame.stream(), frame);
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// From the worker.
+    fn take_answers(&mut self) -> io::Result<()> {
+        while self.lost.is_none() && self.to_client.len() < WAITING_MAX {
+            let mut buffer = [0; 16 << 10];
+            match read(&mut self.inner, &mut buffer) {
+                Ok(None) => return Ok(()),
+                Ok(Some(0)) | Err(_) => self.lost = Some(Instant::now()),
+                Ok(Some(n)) => self.answered.push(buffer.get(..n).unwrap_or_default()),
+            }
+            while let Some(frame) = self.answered.next()? {
+                if frame.is_response() {
+                    self.calls.remove(&frame.stream());
+                }
+                self.to_client.extend_from_slice(frame.bytes());
+            }
+        }
+        Ok(())
+    }
+
+    /// Connects it to a new worker: gives back that one's end. The calls without an answer are sent `again`, or answered with an error.
+    pub fn reconnect(&mut self, again: bool) -> io::Result<UnixStream> {
+        // Answers that were on their way are answers.
+        if self.lost.is_none() {
+            let _ = self.take_answers();
+        }
+        let (inner, theirs) = stream_pair()?;
+        self.inner = inner;
+        self.lost = None;
+        self.answered.clear();
+        self.to_worker.clear();
+        if again {
+            for frame in self.calls.values() {
+                self.to_worker.extend_from_slice(frame.bytes());
+            }
+        } else {
+            for stream in std::mem::take(&mut self.calls).into_keys() {
+                self.to_client
+                    .extend_from_slice(Frame::lost(stream).bytes());
+            }
+        }
+        Ok(theirs)
+    }
+}
+
+/// None if there is nothing to read now.
+fn read(from: &mut UnixStream, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+    loop {
+        match from.read(buffer) {
+            Ok(n) => return Ok(Some(n)),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+/// Writes what goes without waiting.
+fn write(to: &mut UnixStream, waiting: &mut Vec<u8>) -> io::Result<()> {
+    while !waiting.is_empty() {
+        match to.write(waiting) {
+            Ok(n) => drop(waiting.drain(..n)),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            Err(e) => return Err(e),
+        }
+    }
+    waiting.shrink_to(WAITING_MAX);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A frame without a body.
+    fn frame(stream: u8, kind: u8) -> [u8; 10] {
+        [0, 0, 0, 0, 0, 0, 0, stream, kind, 0]
+    }
+
+    fn take(stream: &mut UnixStream, count: usize) -> Vec<u8> {
+        let mut bytes = vec![0; count];
+        stream.set_nonblocking(false).unwrap();
+        stream.read_exact(&mut bytes).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn calls_without_an_answer_go_to_the_next_worker_and_half_an_answer_goes_nowhere() {
+        let (mut containerd, outer) = UnixStream::pair().unwrap();
+        let (mut client, mut worker) = Client::new(outer).unwrap();
+        let asked = [frame(1, 1), frame(3, 1), frame(5, 1)].concat();
+        containerd.write_all(&asked).unwrap();
+        client.pump();
+        assert_eq!(take(&mut worker, 30), asked);
+        worker.write_all(&frame(3, 2)).unwrap();
+        worker.write_all(&frame(5, 2)[..4]).unwrap();
+        client.pump();
+        assert_eq!(take(&mut containerd, 10), frame(3, 2));
+        drop(worker);
+        client.pump();
+        assert!(!client.is_over());
+        let mut next = client.reconnect(true).unwrap();
+        client.pump();
+        assert_eq!(take(&mut next, 20), [frame(1, 1), frame(5, 1)].concat());
+        next.write_all(&frame(5, 2)).unwrap();
+        client.pump();
+        assert_eq!(take(&mut containerd, 10), frame(5, 2));
+    }
+
+    #[test]
+    fn an_answer_that_was_on_its_way_when_the_worker_died_arrives() {
+        let (mut containerd, outer) = UnixStream::pair().unwrap();
+        let (mut client, mut worker) = Client::new(outer).unwrap();
+        containerd.write_all(&frame(1, 1)).unwrap();
+        client.pump();
+        worker.write_all(&frame(1, 2)).unwrap();
+        drop(worker);
+        let next = client.reconnect(true).unwrap();
+        client.pump();
+        assert_eq!(take(&mut containerd, 10), frame(1, 2));
+        next.set_nonblocking(true).unwrap();
+        let again = read(&mut { next }, &mut [0; 10]).unwrap();
+        assert_eq!(again, None);
+    }
+
+    #[test]
+    fn a_client_that_goes_is_over() {
+        let (containerd, outer) = UnixStream::pair().unwrap();
+        let (mut client, _worker) = Client::new(outer).unwrap();
+        client.pump();
+        assert!(!client.is_over());
+        drop(containerd);
+        client.pump();
+        assert!(client.is_over());
+    }
+}

@@ -1,0 +1,299 @@
+//! The keeper: a small process in front of the shim, so that containerd and the pod outlive the shim's death or upgrade.
+//!
+//! ```text
+//!   containerd ══ ttrpc ══ keeper ── socket pairs ── worker (the shim: Task service, pod)
+//!                            │ listening socket, connections, calls without an answer,
+//!                            └ descriptors of the standard streams that the worker stored
+//! ```
+//!
+//! containerd forgets a pod whose shim closes its connection. So the connections end at the keeper, which passes whole frames on
+//! (`frame.rs`) and knows which calls wait for an answer. When the worker dies (a bug, `kill -9`, a HUP for a new version), the keeper starts
+//! the program that is on the disk now, hands it the stored descriptors and the connections, and sends the calls without an answer once more;
+//! the new worker finds the pod by its state folder (`task/adopt.rs`). Nothing that went through a standard stream is lost: it moves from
+//! socket to fifo inside the kernel (`stdio.rs`), and both are held here.
+//!
+//! It has one thread, no runtime and no state that must be saved. What it reads comes from containerd and from the worker, both root. If
+//! the keeper itself is killed, containerd calls `delete`, and the worker ends the pod.
+
+mod channel;
+mod client;
+mod frame;
+mod worker;
+
+use std::{
+    collections::BTreeMap,
+    env, io,
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        unix::{
+            net::{UnixListener, UnixStream},
+            process::CommandExt,
+        },
+    },
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, poll},
+    process::{Pid, set_child_subreaper},
+};
+
+use self::{channel::Message, client::Client};
+use crate::args::Args;
+pub use worker::{Connections, Kept};
+
+/// The descriptor that the keeper (its listening socket) and an executed worker (its channel) find theirs at.
+pub const INHERITED_FD: i32 = 3;
+/// The action of a worker that was executed anew.
+pub const SERVE: &str = "serve";
+/// A worker that dies so often...
+const DEATHS_MAX: usize = 5;
+/// ...within this time is not started again: containerd cleans up.
+const DEATHS_WITHIN: Duration = Duration::from_secs(30);
+/// After so many deaths the calls without an answer are answered with an error: one of them may be what kills.
+const DEATHS_WITH_CALLS: usize = 2;
+/// Most descriptors that are stored.
+const STORED_MAX: usize = 16 * 1024;
+/// How long answers may take to go out after the worker's orderly end.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// What a process is after [`run`].
+pub enum Role {
+    /// The keeper, and the pod is over.
+    Over,
+    /// The first worker, with its channel to the keeper.
+    Worker(OwnedFd),
+}
+
+/// A descriptor's place: process, role.
+type Place = (String, String);
+
+struct Keeper {
+    program: PathBuf,
+    args: Args,
+    listener: UnixListener,
+    channel: OwnedFd,
+    clients: Vec<Client>,
+    stored: BTreeMap<Place, OwnedFd>,
+    /// The worker has said that the pod is over.
+    over: bool,
+    deaths: Vec<Instant>,
+}
+
+/// Keeps the shim of `args`, whose listening socket is `listener`. The worker is a copy of this process: it returns first.
+pub fn run(args: &Args, listener: UnixListener) -> io::Result<Role> {
+    // Known before an upgrade replaces the file.
+    let program = env::current_exe()?;
+    // Orphans of a worker (VMM, file server) come to us, and nobody has to reap them.
+    set_child_subreaper(Some(rustix::process::getpid()))?;
+    ignore_children(true);
+    listener.set_nonblocking(true)?;
+    let (channel, theirs) = channel::pair()?;
+    // SAFETY: this process has one thread, so the child finds every lock free.
+    match unsafe { libc::fork() } {
+        -1 => return Err(io::Error::last_os_error()),
+        0 => {
+            ignore_children(false);
+            return Ok(Role::Worker(theirs));
+        }
+        _ => {}
+    }
+    drop(theirs);
+    let _ = rustix::thread::set_name(c"bulkhead-keeper");
+    channel::send(channel.as_fd(), &Message::Go { deaths: 0 }, None)?;
+    let mut keeper = Keeper {
+        program,
+        args: args.clone(),
+        listener,
+        channel,
+        clients: Vec::new(),
+        stored: BTreeMap::new(),
+        over: false,
+        deaths: Vec::new(),
+    };
+    keeper.keep()?;
+    Ok(Role::Over)
+}
+
+/// Children that nobody waits for leave no zombies.
+fn ignore_children(ignore: bool) {
+    let action = if ignore { libc::SIG_IGN } else { libc::SIG_DFL };
+    // SAFETY: both are dispositions that need no handler.
+    unsafe { libc::signal(libc::SIGCHLD, action) };
+}
+
+impl Keeper {
+    fn keep(&mut self) -> io::Result<()> {
+        loop {
+            let (listener, channel) = self.wait()?;
+            if listener {
+                self.accept();
+            }
+            for client in &mut self.clients {
+                client.pump();
+            }
+            let alive = !channel || self.hear();
+            if !alive {
+                if self.over {
+                    self.last_words();
+                    return Ok(());
+                }
+                self.replace()?;
+            }
+            self.clients.retain(|client| !client.is_over());
+        }
+    }
+
+    /// Waits for something to do; tells whether the listener and the channel have it.
+    fn wait(&self) -> io::Result<(bool, bool)> {
+        let mut fds = vec![
+            PollFd::new(&self.listener, PollFlags::IN),
+            PollFd::new(&self.channel, PollFlags::IN),
+        ];
+        let mut timeout = None;
+        for client in &self.clients {
+            client.interests(&mut fds);
+            timeout = timeout.or(client.timeout());
+        }
+        let timeout = timeout.and_then(|t| rustix::event::Timespec::try_from(t).ok());
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let ready = |fd: Option<&PollFd<'_>>| fd.is_some_and(|fd| !fd.revents().is_empty());
+        Ok((ready(fds.first()), ready(fds.get(1))))
+    }
+
+    fn accept(&mut self) {
+        let Ok((stream, _)) = self.listener.accept() else {
+            return;
+        };
+        match Client::new(stream) {
+            Ok((client, end)) => {
+                // Should the worker be dead, its successor gets the client.
+                let _ = channel::send(self.channel.as_fd(), &Message::Client, Some(end.as_fd()));
+                self.clients.push(client);
+            }
+            Err(error) => tracing::warn!(%error, "accepting a connection"),
+        }
+    }
+
+    /// Takes the worker's messages; false once it is gone.
+    fn hear(&mut self) -> bool {
+        loop {
+            match channel::receive(self.channel.as_fd(), false) {
+                Ok(Some((message, fd))) => self.follow(message, fd),
+                Ok(None) => return true,
+                Err(_) => return false,
+            }
+        }
+    }
+
+    fn follow(&mut self, message: Message, fd: Option<OwnedFd>) {
+        match (message, fd) {
+            (Message::Store { process, role }, Some(fd)) if self.stored.len() < STORED_MAX => {
+                self.stored.insert((process, role), fd);
+            }
+            (Message::Forget { process, role }, _) => match role {
+                Some(role) => drop(self.stored.remove(&(process, role))),
+                None => self.stored.retain(|(of, _), _| *of != process),
+            },
+            (Message::End, _) => self.over = true,
+            _ => {}
+        }
+    }
+
+    /// The worker died: the program that is on the disk now takes over.
+    fn replace(&mut self) -> io::Result<()> {
+        self.deaths.retain(|at| at.elapsed() < DEATHS_WITHIN);
+        self.deaths.push(Instant::now());
+        let deaths = self.deaths.len();
+        if deaths > DEATHS_MAX {
+            return Err(io::Error::other("the shim dies again and again"));
+        }
+        tracing::error!(deaths, "the shim died: another takes over");
+        let (channel, theirs) = channel::pair()?;
+        self.channel = channel;
+        spawn_with(&self.program, theirs.as_fd(), &self.args, Some(SERVE))?;
+        drop(theirs);
+        for ((process, role), fd) in &self.stored {
+            let (process, role) = (process.clone(), role.clone());
+            let message = Message::Store { process, role };
+            channel::send(self.channel.as_fd(), &message, Some(fd.as_fd()))?;
+        }
+        for client in &mut self.clients {
+            let end = client.reconnect(deaths <= DEATHS_WITH_CALLS)?;
+            channel::send(self.channel.as_fd(), &Message::Client, Some(end.as_fd()))?;
+        }
+        channel::send(self.channel.as_fd(), &Message::Go { deaths }, None)
+    }
+
+    /// What the worker answered before its end still goes out.
+    fn last_words(&mut self) {
+        let end = Instant::now() + LAST_WORDS;
+        while self.clients.iter().any(Client::has_words) && Instant::now() < end {
+            let _ = self.wait();
+            for client in &mut self.clients {
+                client.pump();
+            }
+        }
+    }
+}
+
+/// Starts `program` detached, with `fd` as its [`INHERITED_FD`] and nothing else. It is not waited for.
+pub fn spawn_with(
+    program: &Path,
+    fd: BorrowedFd<'_>,
+    args: &Args,
+    action: Option<&str>,
+) -> io::Result<()> {
+    let fd = fd.as_raw_fd();
+    let mut command = Command::new(program);
+    command
+        .args(["-namespace", &args.namespace, "-id", &args.id])
+        .args(["-address", &args.address])
+        .args(["-publish-binary", &args.publish_binary])
+        .args(args.debug.then_some("-debug"))
+        .args(action)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    let detach = action.is_none();
+    // SAFETY: between fork and exec only system calls are made; `fd` is open until `spawn` returns, and INHERITED_FD is free for
+    // us in the child.
+    unsafe {
+        command.pre_exec(move || {
+            if detach {
+                rustix::process::setsid()?;
+            } else {
+                libc::signal(libc::SIGCHLD, libc::SIG_DFL);
+            }
+            let done = if fd == INHERITED_FD {
+                libc::fcntl(fd, libc::F_SETFD, 0)
+            } else {
+                libc::dup2(fd, INHERITED_FD)
+            };
+            if done < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            libc::close_range(4, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC as _);
+            Ok(())
+        });
+    }
+    command.spawn().map(drop)
+}
+
+/// The pid that the pod's shim is known by: the keeper's, which stays. Called by a worker.
+pub fn pid() -> u32 {
+    rustix::process::getppid().map_or(0, |pid| Pid::as_raw_nonzero(pid).get().unsigned_abs())
+}
+
+/// Both ends of a connection between keeper and worker, without waiting.
+fn stream_pair() -> io::Result<(UnixStream, UnixStream)> {
+    let (ours, theirs) = UnixStream::pair()?;
+    ours.set_nonblocking(true)?;
+    theirs.set_nonblocking(true)?;
+    Ok((ours, theirs))
+}

@@ -1,0 +1,153 @@
+//! The worker's side: what was kept for it, what it wants kept, and containerd's connections.
+
+use std::{
+    collections::HashMap,
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use tokio::{
+    io::Interest,
+    net::UnixStream,
+    sync::{Notify, mpsc},
+};
+
+use super::channel::{self, Message};
+use crate::watch::watch;
+
+/// Connections that wait for the server at most.
+const WAITING_MAX: usize = 64;
+
+/// The keeper, as the worker sees it. Cheap to clone.
+#[derive(Clone)]
+pub struct Kept(Arc<Shared>);
+
+struct Shared {
+    channel: Option<OwnedFd>,
+    restored: Mutex<HashMap<String, HashMap<String, OwnedFd>>>,
+    deaths: usize,
+    gone: Notify,
+}
+
+/// The connections that are there already, and those to come.
+pub struct Connections {
+    waiting: Vec<OwnedFd>,
+}
+
+impl Kept {
+    /// Takes over from a worker before, if there was one: reads what the keeper has, up to its word to begin.
+    pub fn receive(channel: OwnedFd) -> io::Result<(Self, Connections)> {
+        let mut restored: HashMap<String, HashMap<String, OwnedFd>> = HashMap::new();
+        let mut waiting = Vec::new();
+        let deaths = loop {
+            match channel::receive(channel.as_fd(), true)? {
+                Some((Message::Store { process, role }, Some(fd))) => {
+                    restored.entry(process).or_default().insert(role, fd);
+                }
+                Some((Message::Client, Some(fd))) => waiting.push(fd),
+                Some((Message::Go { deaths }, _)) => break deaths,
+                _ => {}
+            }
+        };
+        let shared = Shared {
+            channel: Some(channel),
+            restored: Mutex::new(restored),
+            deaths,
+            gone: Notify::new(),
+        };
+        Ok((Self(Arc::new(shared)), Connections { waiting }))
+    }
+
+    /// One that keeps nothing.
+    pub fn nothing() -> Self {
+        Self(Arc::new(Shared {
+            channel: None,
+            restored: Mutex::default(),
+            deaths: 0,
+            gone: Notify::new(),
+        }))
+    }
+
+    /// Whether a worker died before this one.
+    pub fn takes_over(&self) -> bool {
+        self.0.deaths > 0
+    }
+
+    /// What was kept of a process, by role.
+    pub fn take(&self, process: &str) -> HashMap<String, OwnedFd> {
+        let mut restored = self
+            .0
+            .restored
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        restored.remove(process).unwrap_or_default()
+    }
+
+    /// Has a copy of a descriptor kept.
+    pub fn store(&self, process: &str, role: &str, fd: BorrowedFd<'_>) {
+        let (process, role) = (process.to_owned(), role.to_owned());
+        self.tell(&Message::Store { process, role }, Some(fd));
+    }
+
+    /// Has it closed; without a role, all of the process.
+    pub fn forget(&self, process: &str, role: Option<&str>) {
+        let (process, role) = (process.to_owned(), role.map(str::to_owned));
+        self.tell(&Message::Forget { process, role }, None);
+    }
+
+    /// The pod is over: nobody shall take over.
+    pub fn end(&self) {
+        self.tell(&Message::End, None);
+    }
+
+    /// Answers once the keeper is gone, and containerd's connections with it.
+    pub async fn gone(&self) {
+        self.0.gone.notified().await;
+    }
+
+    fn tell(&self, message: &Message, fd: Option<BorrowedFd<'_>>) {
+        if let Some(channel) = &self.0.channel
+            && let Err(error) = channel::send(channel.as_fd(), message, fd)
+        {
+            tracing::debug!(%error, "telling the keeper");
+        }
+    }
+
+    /// Serves containerd's connections as they come. In the runtime of the caller.
+    pub fn connections(
+        &self,
+        connections: Connections,
+    ) -> io::Result<mpsc::Receiver<io::Result<UnixStream>>> {
+        let Some(channel) = &self.0.channel else {
+            return Err(io::ErrorKind::NotConnected.into());
+        };
+        let channel = watch(channel.try_clone()?, Interest::READABLE)?;
+        let (queue, incoming) = mpsc::channel(WAITING_MAX);
+        let this = self.clone();
+        tokio::spawn(async move {
+            for fd in connections.waiting {
+                let _ = queue.send(stream(fd)).await;
+            }
+            loop {
+                let Ok(mut ready) = channel.readable().await else {
+                    break;
+                };
+                match channel::receive(channel.as_fd(), false) {
+                    Ok(Some((Message::Client, Some(fd)))) => {
+                        let _ = queue.send(stream(fd)).await;
+                    }
+                    Ok(Some(_)) => {}
+                    Ok(None) => ready.clear_ready(),
+                    Err(_) => break,
+                }
+            }
+            this.0.gone.notify_one();
+        });
+        Ok(incoming)
+    }
+}
+
+fn stream(fd: OwnedFd) -> io::Result<UnixStream> {
+    UnixStream::from_std(std::os::unix::net::UnixStream::from(fd))
+}

@@ -1,0 +1,202 @@
+//! Taking over: a new shim finds the pod that another one ran, by its state folder and the agent's word.
+//!
+//! Calls that had no answer come again (`keeper`). What they wanted may be done already, half or whole: a half-made container is
+//! taken back and made anew, and the first Create, Exec or Start of something that is there is answered as done.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use bulkhead_protocol::agent::{self, Phase as GuestPhase};
+use tokio::time::{Instant, sleep};
+
+use super::{
+    CALL, MAKE, Service, Shared, answer,
+    container::{Container, Made},
+    error::Error,
+    life::{KILLED, killed},
+    process::Process,
+    record::{Record, Saved},
+};
+use crate::{
+    sandbox::{self, Pod, deadline, network, vsock},
+    stdio::{Io, Keep},
+};
+
+/// How long to wait before a half-made container is asked for again.
+const BUSY: Duration = Duration::from_millis(100);
+
+impl Service {
+    /// Takes over from a shim that died. An error means that it cannot be.
+    pub async fn adopt(&self) -> Result<(), sandbox::Error> {
+        self.0.adopt().await
+    }
+}
+
+/// What the agent knows: phases by container and exec.
+type Known = HashMap<(String, String), GuestPhase>;
+
+impl Shared {
+    async fn adopt(self: &Arc<Self>) -> Result<(), sandbox::Error> {
+        let found = Pod::adopt(&self.config, &self.namespace, &self.pod_id).await?;
+        let Some((pod, record)) = found else {
+            tracing::info!("there was no machine yet");
+            return Ok(());
+        };
+        let records = Record::all(pod.dir());
+        {
+            let mut state = self.state();
+            for record in &records {
+                state.trees.restore(&record.trees);
+            }
+            state.trees.skip();
+            state.pod = Some(pod.clone());
+        }
+        for record in &records {
+            if record.made.is_none() {
+                self.take_back(&pod, record).await;
+            }
+        }
+        let known = known(&pod).await?;
+        for record in records {
+            if let Some(made) = record.made {
+                let (trees, hooks) = (record.trees, record.hooks);
+                let init = made.processes.iter().find(|p| p.exec_id.is_empty());
+                let Some(init) = init else { continue };
+                let init = Process::new("", init.paths.clone());
+                let in_guest = Made {
+                    trees,
+                    hooks,
+                    cpus: made.cpus,
+                    init_pid: made.init_pid,
+                };
+                let container =
+                    Container::new(&record.id, record.bundle, pod.clone(), init, in_guest);
+                container.set_paused(made.paused);
+                container.recover();
+                self.state().containers.insert(record.id, container.clone());
+                for saved in made.processes {
+                    self.take_over(&container, saved, &known).await;
+                }
+                container.save();
+            }
+        }
+        self.watch_machine(&pod);
+        network::follow::start(&pod, pod.network());
+        if record.port_forward {
+            network::forward::start(&pod, pod.network());
+        }
+        if let Err(error) = pod.update_network().await {
+            tracing::error!(%error, "the network after the shim's death");
+        }
+        tracing::warn!(
+            vmm = pod.pid(),
+            containers = self.state().containers.len(),
+            "took the pod over"
+        );
+        Ok(())
+    }
+
+    /// Takes over a process: its streams go on, its end is waited for, or told if it was not.
+    async fn take_over(self: &Arc<Self>, container: &Arc<Container>, saved: Saved, known: &Known) {
+        let exec = saved.exec_id.as_str();
+        let process = match exec {
+            "" => container.init.clone(),
+            _ => Process::new(exec, saved.paths.clone()),
+        };
+        let phase = known.get(&(container.id.clone(), exec.to_owned()));
+        if phase.is_none() && !exec.is_empty() {
+            return; // Deleted in the guest; what was asked is done.
+        }
+        if !exec.is_empty() && container.add_exec(process.clone()).is_err() {
+            return;
+        }
+        let keep = Keep::new(&self.kept, &container.id, exec);
+        let io = Io::restore(&saved.paths, keep);
+        if saved.ended.is_none() || io.is_restored() {
+            let socket = container.pod.vsock();
+            let connect = |kind| vsock::connect_stream(&socket, &container.id, exec, kind);
+            match io.start(connect).await {
+                Ok(pumps) => process.set_pumps(pumps),
+                Err(error) => {
+                    tracing::error!(container = container.id, exec, %error, "its streams are lost");
+                }
+            }
+        }
+        process.recover();
+        match (saved.ended, phase) {
+            (Some(ended), _) => {
+                process.stop(ended.exit());
+                if ended.told {
+                    process.set_told();
+                } else {
+                    self.tell_exit(container, &process, &ended.exit());
+                }
+            }
+            // The container was being deleted.
+            (None, None) => drop(process.stop(killed(KILLED))),
+            (None, Some(GuestPhase::CREATED)) => {}
+            (None, Some(_)) => {
+                process.begin_start();
+                process.begin_stdin();
+                process.started();
+                self.watch(container.clone(), process);
+            }
+        }
+    }
+
+    /// A container that was being made goes: its Create comes again.
+    async fn take_back(&self, pod: &Arc<Pod>, record: &Record) {
+        tracing::warn!(container = record.id, "half made: taken back");
+        let result = async {
+            let end = Instant::now() + MAKE;
+            while known_raw(pod)
+                .await?
+                .containers
+                .iter()
+                .any(|c| c.container == record.id && c.busy)
+                && Instant::now() < end
+            {
+                sleep(BUSY).await;
+            }
+            let mut request = agent::SignalRequest::new();
+            request.container.clone_from(&record.id);
+            request.signal = libc::SIGKILL.unsigned_abs();
+            request.all = true;
+            let mut process = agent::ProcessRequest::new();
+            process.container.clone_from(&record.id);
+            let agent = pod.agent()?;
+            if agent.signal(deadline(CALL), &request).await.is_ok() {
+                let _ = agent.wait(deadline(CALL), &process).await;
+                let deleted = agent.delete(deadline(CALL), &process).await;
+                answer(pod, deleted).await?;
+            }
+            Ok::<(), Error>(())
+        };
+        if let Err(error) = result.await {
+            tracing::error!(container = record.id, %error, "a half-made container stays in the guest");
+        }
+        // Not all of them were handed over.
+        self.release_trees(Some(pod), &record.trees).await;
+        record.hooks.poststop().await;
+        Record::forget(pod.dir(), &record.id);
+    }
+}
+
+async fn known_raw(pod: &Pod) -> Result<agent::ListResponse, sandbox::Error> {
+    let listed = pod
+        .agent()?
+        .list(deadline(CALL), &agent::Empty::new())
+        .await;
+    listed.map_err(|e| sandbox::Error::Lost(format!("the agent, which does not answer ({e})")))
+}
+
+async fn known(pod: &Pod) -> Result<Known, sandbox::Error> {
+    let list = known_raw(pod).await?;
+    let processes = list.containers.into_iter().flat_map(|container| {
+        let id = container.container;
+        container.processes.into_iter().map(move |process| {
+            let phase = process.phase.enum_value_or_default();
+            ((id.clone(), process.exec_id), phase)
+        })
+    });
+    Ok(processes.collect())
+}
