@@ -173,7 +173,7 @@ async fn serve_on(args: &Args, config: Config, channel: OwnedFd) -> anyhow::Resu
         _ = hangup.recv() => {
             tracing::info!("SIGHUP: the program on the disk takes over");
             events.flush(Duration::from_secs(3)).await;
-            return Ok(());
+            kept.replace();
         }
     }
     kept.end();

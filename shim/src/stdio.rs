@@ -9,7 +9,8 @@
 
 use std::{
     collections::HashMap,
-    fs, future, io,
+    fs, future,
+    io::{self, Write},
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::{FileTypeExt, OpenOptionsExt},
@@ -30,7 +31,7 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize};
 use tokio::{
-    io::{AsyncWriteExt, Interest, unix::AsyncFd},
+    io::{Interest, unix::AsyncFd},
     net::UnixStream,
     sync::Notify,
     task::JoinHandle,
@@ -479,25 +480,33 @@ async fn output_to_fifo(from: OwnedFd, to: OwnedFd, progress: &AtomicU64) -> io:
 }
 
 async fn output_to_file(from: OwnedFd, to: OwnedFd, progress: &AtomicU64) -> io::Result<()> {
-    let from = watched(from, Interest::READABLE)?;
-    let mut to = tokio::fs::File::from_std(to.into());
-    let mut buffer = vec![0; STREAM_BUFFER];
+    let from = Arc::new(watched(from, Interest::READABLE)?);
+    let to = Arc::new(fs::File::from(to));
     loop {
         wait_for(&from, Interest::READABLE).await?;
-        let (n, _) = match recv(&from, &mut *buffer, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
-            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => continue,
-            received => received?,
-        };
-        let seen = buffer.get_mut(..n).unwrap_or_default();
-        if seen.is_empty() {
-            return Ok(());
+        let (source, file) = (from.clone(), to.clone());
+        let copied = tokio::task::spawn_blocking(move || copy_some(&*source, &file));
+        match copied.await.map_err(io::Error::other)? {
+            Ok(0) => return Ok(()),
+            Ok(_) => drop(progress.fetch_add(1, Ordering::Relaxed)),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(e) => return Err(e),
         }
-        to.write_all(seen).await?;
-        to.flush().await?;
-        // Nobody else reads it: it is there.
-        recv(&from, seen, RecvFlags::DONTWAIT)?;
-        progress.fetch_add(1, Ordering::Relaxed);
     }
+}
+
+/// Writes what the socket holds, at most a buffer's worth, and only then takes it out. 0 at the end.
+fn copy_some(from: &impl AsFd, mut to: &fs::File) -> io::Result<usize> {
+    let mut buffer = vec![0; STREAM_BUFFER];
+    let look = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+    let (n, _) = recv(from, &mut *buffer, look)?;
+    let seen = buffer.get_mut(..n).unwrap_or_default();
+    to.write_all(seen)?;
+    if n > 0 {
+        // Nobody else reads it: it is there.
+        recv(from, seen, RecvFlags::DONTWAIT)?;
+    }
+    Ok(n)
 }
 
 async fn pump_stdin(stdin: Stdin, to: OwnedFd, close: &Notify, keep: &Keep) -> io::Result<()> {

@@ -35,13 +35,15 @@ pub enum Message {
     },
     /// To the worker: a connection of containerd.
     Client,
-    /// To the worker: that was all, begin. `deaths`: how often a worker died lately.
+    /// To the worker: that was all, begin.
     Go {
-        /// How often a worker died lately.
-        deaths: usize,
+        /// There was none before it.
+        first: bool,
     },
     /// To the keeper: the pod is over, and so are we.
     End,
+    /// To the keeper: we end, and another shall take over.
+    Replace,
 }
 
 /// Both ends.
@@ -125,11 +127,11 @@ mod tests {
         };
         let file = std::fs::File::open("/dev/null").unwrap();
         send(a.as_fd(), &store(), Some(file.as_fd())).unwrap();
-        send(a.as_fd(), &Message::Go { deaths: 2 }, None).unwrap();
+        send(a.as_fd(), &Message::Go { first: false }, None).unwrap();
         let (message, fd) = receive(b.as_fd(), true).unwrap().unwrap();
         assert!(message == store() && fd.is_some());
         let (message, fd) = receive(b.as_fd(), true).unwrap().unwrap();
-        assert!(message == Message::Go { deaths: 2 } && fd.is_none());
+        assert!(message == Message::Go { first: false } && fd.is_none());
         drop(a);
         assert!(receive(b.as_fd(), false).is_err());
     }

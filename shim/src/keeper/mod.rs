@@ -49,11 +49,11 @@ pub const INHERITED_FD: i32 = 3;
 /// The action of a worker that was executed anew.
 pub const SERVE: &str = "serve";
 /// A worker that dies so often...
-const DEATHS_MAX: usize = 5;
+const DEATHS_MAX: usize = 10;
 /// ...within this time is not started again: containerd cleans up.
 const DEATHS_WITHIN: Duration = Duration::from_secs(30);
 /// After so many deaths the calls without an answer are answered with an error: one of them may be what kills.
-const DEATHS_WITH_CALLS: usize = 2;
+const DEATHS_WITH_CALLS: usize = 7;
 /// Most descriptors that are stored.
 const STORED_MAX: usize = 16 * 1024;
 /// How long answers may take to go out after the worker's orderly end.
@@ -79,6 +79,8 @@ struct Keeper {
     stored: BTreeMap<Place, OwnedFd>,
     /// The worker has said that the pod is over.
     over: bool,
+    /// The worker has made way on purpose.
+    wanted: bool,
     deaths: Vec<Instant>,
 }
 
@@ -102,7 +104,7 @@ pub fn run(args: &Args, listener: UnixListener) -> io::Result<Role> {
     }
     drop(theirs);
     let _ = rustix::thread::set_name(c"bulkhead-keeper");
-    channel::send(channel.as_fd(), &Message::Go { deaths: 0 }, None)?;
+    channel::send(channel.as_fd(), &Message::Go { first: true }, None)?;
     let mut keeper = Keeper {
         program,
         args: args.clone(),
@@ -111,6 +113,7 @@ pub fn run(args: &Args, listener: UnixListener) -> io::Result<Role> {
         clients: Vec::new(),
         stored: BTreeMap::new(),
         over: false,
+        wanted: false,
         deaths: Vec::new(),
     };
     keeper.keep()?;
@@ -201,19 +204,22 @@ impl Keeper {
                 None => self.stored.retain(|(of, _), _| *of != process),
             },
             (Message::End, _) => self.over = true,
+            (Message::Replace, _) => self.wanted = true,
             _ => {}
         }
     }
 
-    /// The worker died: the program that is on the disk now takes over.
+    /// The worker is gone: the program that is on the disk now takes over.
     fn replace(&mut self) -> io::Result<()> {
         self.deaths.retain(|at| at.elapsed() < DEATHS_WITHIN);
-        self.deaths.push(Instant::now());
+        if !std::mem::take(&mut self.wanted) {
+            self.deaths.push(Instant::now());
+            tracing::error!("the shim died: another takes over");
+        }
         let deaths = self.deaths.len();
         if deaths > DEATHS_MAX {
             return Err(io::Error::other("the shim dies again and again"));
         }
-        tracing::error!(deaths, "the shim died: another takes over");
         let (channel, theirs) = channel::pair()?;
         self.channel = channel;
         spawn_with(&self.program, theirs.as_fd(), &self.args, Some(SERVE))?;
@@ -227,7 +233,8 @@ impl Keeper {
             let end = client.reconnect(deaths <= DEATHS_WITH_CALLS)?;
             channel::send(self.channel.as_fd(), &Message::Client, Some(end.as_fd()))?;
         }
-        channel::send(self.channel.as_fd(), &Message::Go { deaths }, None)
+        let go = Message::Go { first: false };
+        channel::send(self.channel.as_fd(), &go, None)
     }
 
     /// What the worker answered before its end still goes out.

@@ -26,7 +26,7 @@ pub struct Kept(Arc<Shared>);
 struct Shared {
     channel: Option<OwnedFd>,
     restored: Mutex<HashMap<String, HashMap<String, OwnedFd>>>,
-    deaths: usize,
+    first: bool,
     gone: Notify,
 }
 
@@ -40,20 +40,20 @@ impl Kept {
     pub fn receive(channel: OwnedFd) -> io::Result<(Self, Connections)> {
         let mut restored: HashMap<String, HashMap<String, OwnedFd>> = HashMap::new();
         let mut waiting = Vec::new();
-        let deaths = loop {
+        let first = loop {
             match channel::receive(channel.as_fd(), true)? {
                 Some((Message::Store { process, role }, Some(fd))) => {
                     restored.entry(process).or_default().insert(role, fd);
                 }
                 Some((Message::Client, Some(fd))) => waiting.push(fd),
-                Some((Message::Go { deaths }, _)) => break deaths,
+                Some((Message::Go { first }, _)) => break first,
                 _ => {}
             }
         };
         let shared = Shared {
             channel: Some(channel),
             restored: Mutex::new(restored),
-            deaths,
+            first,
             gone: Notify::new(),
         };
         Ok((Self(Arc::new(shared)), Connections { waiting }))
@@ -64,14 +64,14 @@ impl Kept {
         Self(Arc::new(Shared {
             channel: None,
             restored: Mutex::default(),
-            deaths: 0,
+            first: true,
             gone: Notify::new(),
         }))
     }
 
-    /// Whether a worker died before this one.
+    /// Whether there was a worker before this one.
     pub fn takes_over(&self) -> bool {
-        self.0.deaths > 0
+        !self.0.first
     }
 
     /// What was kept of a process, by role.
@@ -99,6 +99,12 @@ impl Kept {
     /// The pod is over: nobody shall take over.
     pub fn end(&self) {
         self.tell(&Message::End, None);
+    }
+
+    /// Ends this process so that another takes over. Nothing is closed on the way: what would be let go of, the next one needs.
+    pub fn replace(&self) -> ! {
+        self.tell(&Message::Replace, None);
+        std::process::exit(0)
     }
 
     /// Answers once the keeper is gone, and containerd's connections with it.
