@@ -3,6 +3,7 @@
 mod boot;
 mod container;
 mod error;
+mod growth;
 mod network;
 mod pod;
 mod power;

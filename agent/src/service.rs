@@ -12,10 +12,10 @@ use async_trait::async_trait;
 use bulkhead_protocol::{
     VERSION,
     agent::{
-        ContainerRequest, CreateContainerRequest, CreateExecRequest, Empty, ListPidsResponse,
-        ListResponse, ProcessRequest, ProcessResponse, ResizePtyRequest, SetNetworkRequest,
-        SignalRequest, StatsResponse, UpdateRequest, WaitResponse, WatchPortsRequest,
-        WatchPortsResponse,
+        ContainerRequest, CreateContainerRequest, CreateExecRequest, Empty, GrowRequest,
+        GrowResponse, ListPidsResponse, ListResponse, ProcessRequest, ProcessResponse, ResizePtyRequest,
+        SetNetworkRequest, SignalRequest, StatsResponse, UpdateRequest, WaitResponse,
+        WatchPortsRequest, WatchPortsResponse,
     },
     agent_ttrpc::{self, Agent},
     limits::{AGENT_PORT, FORWARD_PORT, READY_PORT, STREAM_HEADER_MAX, STREAM_PORT},
@@ -272,6 +272,10 @@ impl Agent for Service {
     ) -> Answer<WatchPortsResponse> {
         let watcher = self.ports.get_or_init(|| Watcher::new(self.pod.network()));
         answer(watcher.watch(request.generation).await)
+    }
+
+    async fn grow(&self, _: &TtrpcContext, request: GrowRequest) -> Answer<GrowResponse> {
+        to_the_end(async move { crate::growth::grow(&request).await }).await
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> Answer<Empty> {

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use crate::arch::x86_64::layout;
 use crate::limits;
 use crate::virtio::net::Mac;
 
@@ -124,6 +125,12 @@ pub struct MachineConfig {
     pub vcpus: u8,
     /// At least 96.
     pub memory_mib: u32,
+    /// Most vCPUs that it can grow to; without it, it has what it starts with.
+    #[serde(default)]
+    vcpus_max: Option<u8>,
+    /// The same for memory.
+    #[serde(default)]
+    memory_max_mib: Option<u32>,
     /// The emulator, for [`EngineKind::Emulated`] alone.
     #[serde(default = "default_qemu")]
     pub qemu: PathBuf,
@@ -171,6 +178,18 @@ impl MachineConfig {
         u64::from(self.memory_mib) << 20
     }
 
+    /// Most vCPUs that the machine can have.
+    pub fn vcpus_max(&self) -> u8 {
+        self.vcpus_max.unwrap_or(self.vcpus)
+    }
+
+    /// Memory that can be added to what the machine starts with, in bytes: whole blocks.
+    pub fn reserve_bytes(&self) -> u64 {
+        let most = u64::from(self.memory_max_mib.unwrap_or(self.memory_mib)) << 20;
+        let added = most.saturating_sub(self.memory_bytes());
+        added - added % layout::MEMORY_BLOCK
+    }
+
     fn check(&self) -> Result<(), ConfigError> {
         let path = |field: &str, path: &Path| {
             require(
@@ -194,6 +213,20 @@ impl MachineConfig {
             self.memory_mib,
             "must be 96 to 1048576",
         )?;
+        require(
+            (self.vcpus..=limits::VCPUS).contains(&self.vcpus_max()),
+            "vcpus_max",
+            self.vcpus_max(),
+            "must be at least vcpus and at most 32",
+        )?;
+        if let Some(most) = self.memory_max_mib {
+            require(
+                (self.memory_mib..=limits::MEMORY_MIB_MAX).contains(&most),
+                "memory_max_mib",
+                most,
+                "must be at least memory_mib and at most 1048576",
+            )?;
+        }
         require(
             !self.qemu.as_os_str().is_empty(),
             "qemu",
@@ -316,6 +349,18 @@ mod tests {
     }
 
     #[test]
+    fn without_a_maximum_a_machine_keeps_its_size_and_a_reserve_is_whole_blocks() {
+        let config = load(|_| ()).unwrap();
+        assert_eq!((config.vcpus_max(), config.reserve_bytes()), (1, 0));
+        let config = load(|v| {
+            v["vcpus_max"] = json!(4);
+            v["memory_max_mib"] = json!(512 + 128 + 127);
+        });
+        let config = config.unwrap();
+        assert_eq!((config.vcpus_max(), config.reserve_bytes()), (4, 128 << 20));
+    }
+
+    #[test]
     fn a_mac_is_the_address_of_one_device() {
         for mac in [
             "",
@@ -336,13 +381,17 @@ mod tests {
     #[test]
     fn each_value_out_of_range_is_refused_by_name() {
         type Case = (&'static str, fn(&mut Value));
-        let cases: [Case; 19] = [
+        let cases: [Case; 23] = [
             ("kernel", |v| v["kernel"] = json!("k")),
             ("initramfs", |v| v["initramfs"] = json!("")),
             ("vcpus", |v| v["vcpus"] = json!(0)),
             ("vcpus", |v| v["vcpus"] = json!(33)),
             ("memory_mib", |v| v["memory_mib"] = json!(95)),
             ("memory_mib", |v| v["memory_mib"] = json!(u32::MAX)),
+            ("vcpus_max", |v| v["vcpus_max"] = json!(0)),
+            ("vcpus_max", |v| v["vcpus_max"] = json!(33)),
+            ("memory_max_mib", |v| v["memory_max_mib"] = json!(511)),
+            ("memory_max_mib", |v| v["memory_max_mib"] = json!(u32::MAX)),
             ("qemu", |v| v["qemu"] = json!("")),
             ("vsock.cid", |v| v["vsock"]["cid"] = json!(2)),
             ("fs.tag", |v| v["fs"]["tag"] = json!("a b")),

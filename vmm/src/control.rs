@@ -67,6 +67,10 @@ enum Request {
     DetachNet {
         slot: String,
     },
+    Grow {
+        vcpus: u32,
+        memory_mib: u32,
+    },
 }
 
 #[derive(Serialize)]
@@ -261,6 +265,10 @@ fn request(
             machine.attach_net(&slot, attachment)?;
         }
         Request::DetachNet { slot } => machine.detach_net(&slot)?,
+        Request::Grow { vcpus, memory_mib } => {
+            let grown = machine.grow(vcpus, memory_mib)?;
+            return Ok(Some(serde_json::to_value(grown).unwrap_or_default()));
+        }
     }
     Ok(Some(json!({})))
 }
@@ -285,6 +293,7 @@ mod tests {
             r#"{"op":"attach-net","slot":"n0","mac":"02:00:00:00:00:01"}"#,
             r#"{"op":"attach-net","slot":"n0","mac":"02:00:00:00:00:01","vhost":8,"rate":{"frames":1}}"#,
             r#"{"op":"detach-net","slot":"n0"}"#,
+            r#"{"op":"grow","vcpus":2,"memory_mib":1024}"#,
         ] {
             assert!(parse(good).is_ok(), "{good}");
         }
@@ -298,6 +307,8 @@ mod tests {
             r#"{"op":"attach-net","slot":"n0","mac":"03:00:00:00:00:01"}"#,
             r#"{"op":"attach-net","slot":"n0","mac":"02:00:00:00:00:01","vhost":-1}"#,
             r#"{"op":"attach-net","slot":"n0","mac":"02:00:00:00:00:01","rate":{"bits":1}}"#,
+            r#"{"op":"grow","vcpus":2}"#,
+            r#"{"op":"grow","vcpus":-1,"memory_mib":1024}"#,
             r#"{"op":"stop","now":true}"#,
         ] {
             assert!(parse(bad).is_err(), "{bad}");

@@ -28,6 +28,10 @@ pub const FORWARD_LINE_MAX: usize = 256;
 pub const FORWARD_BUFFER: usize = 16 * 1024;
 /// Queries to the resolver at one time.
 pub const RESOLVER_QUERIES_MAX: usize = 64;
+/// vCPUs of a machine.
+pub const VCPUS_MAX: u32 = 32;
+/// Bytes of one range of memory that a machine is given after its start.
+pub const GROWTH_MAX: u64 = 1 << 40;
 /// Longest header line of a stdio stream, in bytes.
 pub const STREAM_HEADER_MAX: usize = 1024;
 /// Longest container or exec id, in bytes.

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use bulkhead_protocol::limits::NET_SLOTS;
 
-use super::{network, state::write_private};
+use super::{growth::Sizing, network, state::write_private};
 use crate::config::{Config, Engine};
 
 /// Longest `exit.json` that is read.
@@ -36,6 +36,8 @@ struct Machine<'a> {
     initramfs: &'a Path,
     vcpus: u64,
     memory_mib: u64,
+    vcpus_max: u64,
+    memory_max_mib: u64,
     qemu: &'a str,
     vsock: Vsock,
     fs: Fs,
@@ -64,15 +66,17 @@ struct Fs {
 pub fn write_machine(
     dir: &Path,
     config: &Config,
-    size: Size,
+    sizing: Sizing,
     workers: &[impl AsRawFd],
 ) -> io::Result<()> {
     let machine = Machine {
         engine: config.engine,
         kernel: &config.kernel,
         initramfs: &config.initramfs,
-        vcpus: size.vcpus,
-        memory_mib: size.memory_mib,
+        vcpus: sizing.start.vcpus,
+        memory_mib: sizing.start.memory_mib,
+        vcpus_max: sizing.most.vcpus,
+        memory_max_mib: sizing.most.memory_mib,
         qemu: &config.qemu,
         vsock: Vsock { cid: 3 },
         fs: Fs {
@@ -201,12 +205,20 @@ mod tests {
             memory_mib: 256,
         };
         let fds = [std::fs::File::open("/dev/null").unwrap()];
-        write_machine(dir.path(), &config, size, &fds).unwrap();
+        let sizing = Sizing {
+            least: size,
+            start: size,
+            most: Size {
+                vcpus: 4,
+                memory_mib: 1024,
+            },
+        };
+        write_machine(dir.path(), &config, sizing, &fds).unwrap();
         let text = fs::read_to_string(dir.path().join("machine.json")).unwrap();
         let value: serde_json::Value = serde_json::from_str(&text).unwrap();
         let expected = serde_json::json!({
             "engine": "kvm", "kernel": "/opt/vmlinux", "initramfs": "/opt/initramfs.cpio", "vcpus": 2,
-            "memory_mib": 256, "qemu": "qemu-system-x86_64", "vsock": { "cid": 3 },
+            "memory_mib": 256, "vcpus_max": 4, "memory_max_mib": 1024, "qemu": "qemu-system-x86_64", "vsock": { "cid": 3 },
             "fs": { "tag": "pod", "worker_fds": [fds[0].as_raw_fd()] }, "blocks": [],
             "net": [{ "id": "n0", "mac": "02:62:6b:00:00:00" }, { "id": "n1", "mac": "02:62:6b:00:00:01" },
                     { "id": "n2", "mac": "02:62:6b:00:00:02" }, { "id": "n3", "mac": "02:62:6b:00:00:03" }]

@@ -11,8 +11,10 @@
 pub mod adopt;
 pub mod control;
 mod error;
+pub mod growth;
 pub mod machine;
 pub mod network;
+pub mod rest;
 pub mod spawn;
 pub mod state;
 pub mod vsock;
@@ -39,8 +41,10 @@ use ttrpc::context::{self, Context};
 
 pub use self::error::Error;
 use self::{
+    growth::{Growth, Sizing},
     machine::{End, Size},
     network::{Network, namespace::Namespace, note},
+    rest::Rest,
     spawn::{Helper, Net},
     state::{Owner, ProcessId},
 };
@@ -73,7 +77,8 @@ pub struct Pod {
     name: String,
     dir: PathBuf,
     vmm: ProcessId,
-    size: Size,
+    growth: Growth,
+    rest: Arc<Rest>,
     agent: OnceLock<AgentClient>,
     control: control::Client,
     files: control::Client,
@@ -89,14 +94,14 @@ impl Pod {
         namespace: &str,
         id: &str,
         bundle: &Path,
-        size: Size,
+        sizing: Sizing,
         network: Namespace,
     ) -> Result<(Arc<Self>, UnixListener), Error> {
         let dir = state::pod_dir(&config.state, namespace, id)?;
         let name = format!("{namespace}/{id}");
         clear_stale(&dir, &name)?;
         state::make_private_dir(&dir).map_err(state_error(&dir))?;
-        let started = Self::start_in(config, name, &dir, bundle, size, network);
+        let started = Self::start_in(config, name, &dir, bundle, sizing, network);
         if started.is_err() {
             state::kill_children(&dir);
             let _ = state::remove_dir(&dir);
@@ -109,7 +114,7 @@ impl Pod {
         name: String,
         dir: &Path,
         bundle: &Path,
-        size: Size,
+        sizing: Sizing,
         namespace: Namespace,
     ) -> Result<(Arc<Self>, UnixListener), Error> {
         if config.engine == Engine::Emulated {
@@ -126,9 +131,15 @@ impl Pod {
         let socket = dir.join(format!("vsock.sock_{READY_PORT}"));
         let ready = UnixListener::bind(&socket).map_err(state_error(&socket))?;
         let (for_vmm, for_fs) = spawn::fs_channels().map_err(state_error(dir))?;
-        machine::write_machine(dir, config, size, &for_vmm).map_err(state_error(dir))?;
+        machine::write_machine(dir, config, sizing, &for_vmm).map_err(state_error(dir))?;
         let control = control::Client::new(dir.join("control.sock"));
-        let network = Network::new(namespace, dir, control.clone(), config.engine, size.vcpus)?;
+        let network = Network::new(
+            namespace,
+            dir,
+            control.clone(),
+            config.engine,
+            sizing.start.vcpus,
+        )?;
         let net = Net::Of(network.namespace().as_fd());
         let (vmm, vmm_id) = child(&config.vmm, dir, "vmm", &for_vmm, net, Vec::new())?;
         network.set_vmm(vmm_id.pid.unsigned_abs());
@@ -160,7 +171,8 @@ impl Pod {
             name,
             dir: dir.to_owned(),
             vmm: vmm_id,
-            size,
+            growth: Growth::new(sizing, control.clone()),
+            rest: Rest::new(control.clone()),
             agent: OnceLock::new(),
             control,
             files: control::Client::new(dir.join("fs.sock")),
@@ -239,9 +251,19 @@ impl Pod {
         self.vmm.pid.unsigned_abs()
     }
 
-    /// vCPUs and memory of its machine.
+    /// vCPUs and memory of its machine now.
     pub fn size(&self) -> Size {
-        self.size
+        self.growth.size()
+    }
+
+    /// How its machine becomes larger.
+    pub fn growth(&self) -> &Growth {
+        &self.growth
+    }
+
+    /// When its vCPUs are stopped.
+    pub fn rest(&self) -> &Arc<Rest> {
+        &self.rest
     }
 
     /// The socket that leads to the guest's ports.
@@ -338,6 +360,7 @@ impl Pod {
 
     /// Ends the machine and waits until nothing of the pod is left.
     pub async fn stop(&self) {
+        let _awake = self.rest.wake().await;
         if self.end().is_none() && self.agent.get().is_some() {
             let off = async {
                 if let Ok(agent) = self.agent() {

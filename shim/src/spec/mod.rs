@@ -31,7 +31,7 @@ use crate::{
     refusal::{Refusal, wrong},
 };
 
-pub use size::Host;
+pub use size::{Claim, Host, changed_claim, needed};
 pub use translate::{Cpus, Guest};
 
 /// Annotation of containerd's CRI plugin: the pod a container belongs to.

@@ -223,7 +223,7 @@ fn size(spec: &Value) -> (u64, u64) {
         cpus: 8,
         memory_mib: 8192,
     };
-    let size = parse(spec).unwrap().size(&config, host).unwrap();
+    let size = parse(spec).unwrap().sizing(&config, host).unwrap().start;
     (size.vcpus, size.memory_mib)
 }
 

@@ -42,6 +42,8 @@ pub struct Container {
     paused: AtomicBool,
     /// Taken over, and nobody has asked to create it since.
     recovered: AtomicBool,
+    /// A signal waits for it since it was paused.
+    signalled: AtomicBool,
 }
 
 impl Container {
@@ -62,6 +64,7 @@ impl Container {
             execs: Mutex::default(),
             paused: AtomicBool::new(false),
             recovered: AtomicBool::new(false),
+            signalled: AtomicBool::new(false),
         })
     }
 
@@ -124,6 +127,17 @@ impl Container {
     /// Remembers whether it is frozen.
     pub fn set_paused(&self, paused: bool) {
         self.paused.store(paused, Ordering::Relaxed);
+        self.signalled.store(false, Ordering::Relaxed);
+    }
+
+    /// Remembers that a signal was sent.
+    pub fn set_signalled(&self) {
+        self.signalled.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether nothing of it can run: it is frozen, and no signal is to end it.
+    pub fn is_frozen(&self) -> bool {
+        self.is_paused() && !self.signalled.load(Ordering::Relaxed)
     }
 
     /// The agent's name for a process.

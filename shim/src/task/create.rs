@@ -111,6 +111,7 @@ impl Shared {
         let (init_pid, cpus, pumps) = match made.await {
             Ok(made) => made,
             Err(error) => {
+                pod.growth().forget(&req.id);
                 self.release_trees(Some(&pod), &plan.trees).await;
                 hooks.poststop().await;
                 Record::forget(pod.dir(), &req.id);
@@ -153,7 +154,6 @@ impl Shared {
             if let Some(end) = pod.end() {
                 return Err(sandbox::Error::Ended(end).into());
             }
-            spec.report_excess(pod.size());
             if let Some(path) = spec.network() {
                 pod.network().namespace().check_member(path)?;
             }
@@ -165,7 +165,7 @@ impl Shared {
             return Err(unsupported("linux.namespaces", why).into());
         }
         sandbox::preflight(&self.config).await?;
-        let size = spec.size(&self.config, Host::this())?;
+        let sizing = spec.sizing(&self.config, Host::this())?;
         let network = match spec.network() {
             Some(path) => Namespace::for_pod(path)?,
             None => Namespace::fresh()
@@ -176,7 +176,7 @@ impl Shared {
             &self.namespace,
             &self.pod_id,
             bundle,
-            size,
+            sizing,
             network,
         )?;
         self.state().pod = Some(pod.clone());
@@ -208,7 +208,7 @@ impl Shared {
         if spec.port_forward() {
             network::forward::start(&pod, pod.network());
         }
-        tracing::info!(vmm = pod.pid(), ?size, "the machine is ready");
+        tracing::info!(vmm = pod.pid(), size = ?pod.size(), "the machine is ready");
         Ok(pod)
     }
 
@@ -223,6 +223,9 @@ impl Shared {
         io: Io,
     ) -> Result<(u32, Cpus, Pumps), Error> {
         let first = self.state().containers.get(&self.pod_id).cloned();
+        pod.growth()
+            .make_room(pod.agent()?, &req.id, spec.claim())
+            .await;
         let cpus = spec.translate(Guest {
             vcpus: pod.size().vcpus,
             host_pid: pod.pid(),

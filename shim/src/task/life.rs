@@ -189,6 +189,7 @@ impl Shared {
         request.signal = req.signal;
         request.all = req.all;
         let agent = container.pod.agent()?;
+        container.set_signalled();
         let result = agent.signal(deadline(CALL), &request).await;
         answer(&container.pod, result).await?;
         if process.phase() == Phase::Created {
@@ -223,6 +224,7 @@ impl Shared {
                 return Err(Error::NotFound(container.name("")));
             }
             Record::forget(container.pod.dir(), id);
+            container.pod.growth().forget(id);
             self.release_trees(Some(&container.pod), &container.made.trees)
                 .await;
             let mut event = TaskDelete::new();

@@ -11,6 +11,7 @@ pub mod error;
 mod life;
 pub mod process;
 mod record;
+mod rest;
 pub mod stats;
 
 use std::{
@@ -283,11 +284,13 @@ impl Shared {
 
     async fn update(&self, req: &UpdateTaskRequest) -> Result<Empty, Error> {
         let container = self.container(&req.id)?;
-        let vcpus = container.pod.size().vcpus;
+        let agent = container.pod.agent()?;
+        let growth = container.pod.growth();
+        let claim = spec::changed_claim(growth.claim(&req.id), &req.resources.value)?;
+        growth.make_room(agent, &req.id, claim).await;
         let mut request = agent::UpdateRequest::new();
         request.container.clone_from(&req.id);
-        request.resources = spec::resources(&req.resources.value, vcpus)?;
-        let agent = container.pod.agent()?;
+        request.resources = spec::resources(&req.resources.value, growth.size().vcpus)?;
         let result = agent.update(deadline(CALL), &request).await;
         answer(&container.pod, result).await?;
         Ok(Empty::new())
@@ -320,28 +323,34 @@ impl Task for Service {
     }
 
     async fn create(&self, _: &TtrpcContext, req: CreateTaskRequest) -> Rpc<CreateTaskResponse> {
+        let _awake = self.0.awake().await;
         reply("create", &req.id, self.0.create(&req).await)
     }
 
     async fn start(&self, _: &TtrpcContext, req: StartRequest) -> Rpc<StartResponse> {
+        let _awake = self.0.awake().await;
         let result = self.0.start(&req.id, &req.exec_id).await;
         reply("start", &req.id, result)
     }
 
     async fn delete(&self, _: &TtrpcContext, req: DeleteRequest) -> Rpc<DeleteResponse> {
+        let _awake = self.0.awake().await;
         let result = self.0.delete(&req.id, &req.exec_id).await;
         reply("delete", &req.id, result)
     }
 
     async fn pids(&self, _: &TtrpcContext, req: PidsRequest) -> Rpc<PidsResponse> {
+        let _awake = self.0.awake().await;
         reply("pids", &req.id, self.0.pids(&req.id).await)
     }
 
     async fn pause(&self, _: &TtrpcContext, req: PauseRequest) -> Rpc<Empty> {
+        let _awake = self.0.awake().await;
         reply("pause", &req.id, self.0.pause(&req.id, true).await)
     }
 
     async fn resume(&self, _: &TtrpcContext, req: ResumeRequest) -> Rpc<Empty> {
+        let _awake = self.0.awake().await;
         reply("resume", &req.id, self.0.pause(&req.id, false).await)
     }
 
@@ -351,14 +360,17 @@ impl Task for Service {
     }
 
     async fn kill(&self, _: &TtrpcContext, req: KillRequest) -> Rpc<Empty> {
+        let _awake = self.0.awake().await;
         reply("kill", &req.id, self.0.kill(&req).await)
     }
 
     async fn exec(&self, _: &TtrpcContext, req: ExecProcessRequest) -> Rpc<Empty> {
+        let _awake = self.0.awake().await;
         reply("exec", &req.id, self.0.exec(&req).await)
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, req: ResizePtyRequest) -> Rpc<Empty> {
+        let _awake = self.0.awake().await;
         reply("resize_pty", &req.id, self.0.resize(&req).await)
     }
 
@@ -374,6 +386,7 @@ impl Task for Service {
     }
 
     async fn update(&self, _: &TtrpcContext, req: UpdateTaskRequest) -> Rpc<Empty> {
+        let _awake = self.0.awake().await;
         reply("update", &req.id, self.0.update(&req).await)
     }
 
@@ -393,6 +406,7 @@ impl Task for Service {
     }
 
     async fn stats(&self, _: &TtrpcContext, req: StatsRequest) -> Rpc<StatsResponse> {
+        let _awake = self.0.awake().await;
         reply("stats", &req.id, self.0.stats(&req.id).await)
     }
 

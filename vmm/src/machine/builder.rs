@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::end::EndSender;
+use super::growth::Size;
 use super::{Engine, Machine, Readiness};
 use crate::config::{EngineKind, MachineConfig};
 use crate::engine::emulated::{EmulatedError, Emulator};
@@ -75,6 +76,7 @@ pub fn build(
         console,
         readiness,
         paused: false.into(),
+        size: Size::new(config).into(),
     })
 }
 

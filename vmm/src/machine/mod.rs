@@ -2,18 +2,20 @@
 
 pub mod builder;
 pub mod end;
+pub mod growth;
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use serde::Serialize;
 
+use self::growth::{BeyondReserve, Size};
 use crate::config::EngineKind;
 use crate::engine::emulated::Emulator;
 use crate::engine::kvm::exits::ExitCounts;
-use crate::engine::kvm::{KvmEngine, NotStopping};
+use crate::engine::kvm::{KvmEngine, KvmError, NotStopping};
 use crate::limits;
 use crate::serial::ConsoleRing;
 use crate::virtio::block::{BlockError, Slot};
@@ -45,6 +47,12 @@ pub enum MachineError {
     /// The machine is as before.
     #[error(transparent)]
     NotStopping(#[from] NotStopping),
+    /// It cannot become so large.
+    #[error(transparent)]
+    Beyond(#[from] BeyondReserve),
+    /// The host does not give what is in the reserve.
+    #[error(transparent)]
+    Growth(#[from] KvmError),
     /// The emulator could not be signalled.
     #[error("cannot signal the emulator")]
     Emulator(#[source] std::io::Error),
@@ -95,6 +103,11 @@ pub struct Machine {
     console: Arc<ConsoleRing>,
     readiness: Readiness,
     paused: Mutex<bool>,
+    size: Mutex<Size>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What the shim can ask to know.
@@ -102,6 +115,8 @@ pub struct Machine {
 pub struct Report {
     engine: &'static str,
     state: &'static str,
+    vcpus: u8,
+    memory_mib: u64,
     uptime_us: u64,
     exits: BTreeMap<&'static str, u64>,
     exits_until_ready: Option<u64>,
@@ -114,7 +129,7 @@ pub struct Report {
 impl Machine {
     /// Stops the vCPUs; devices finish what they have. Pausing twice is pausing once.
     pub fn pause(&self) -> Result<(), MachineError> {
-        let mut paused = self.paused.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut paused = lock(&self.paused);
         match &self.engine {
             Engine::Kvm(engine) => engine.pause()?,
             Engine::Emulated(emulator) => emulator.pause().map_err(MachineError::Emulator)?,
@@ -125,7 +140,7 @@ impl Machine {
 
     /// Lets the vCPUs go on.
     pub fn resume(&self) -> Result<(), MachineError> {
-        let mut paused = self.paused.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut paused = lock(&self.paused);
         match &self.engine {
             Engine::Kvm(engine) => engine.resume(),
             Engine::Emulated(emulator) => emulator.resume().map_err(MachineError::Emulator)?,
@@ -159,7 +174,8 @@ impl Machine {
 
     /// Counters and state.
     pub fn report(&self) -> Report {
-        let paused = *self.paused.lock().unwrap_or_else(PoisonError::into_inner);
+        let paused = *lock(&self.paused);
+        let size = lock(&self.size);
         let ready = self.readiness.ready.get();
         let (kind, emulator_pid) = match &self.engine {
             Engine::Kvm(_) => (EngineKind::Kvm, None),
@@ -170,6 +186,8 @@ impl Machine {
         Report {
             engine: kind.name(),
             state: if paused { "paused" } else { "running" },
+            vcpus: size.vcpus(),
+            memory_mib: size.memory_mib(),
             uptime_us: self.readiness.elapsed_us(),
             exits: if counted {
                 self.exits()

@@ -3,14 +3,15 @@
 //! A [`Chain`] exists only if all of this holds: it is not empty and ends by itself (no loop, no index outside the
 //! table, no nested indirect table), it has at most [`limits::CHAIN_BUFFERS`] buffers, every buffer lies whole within one
 //! region of guest memory, and the buffers that the device may write come after those that it may read. Buffers are
-//! addresses that were checked against guest memory, whose layout never changes while a device runs; their contents can
-//! change at any time, so what is read from them is copied out once and checked on the copy.
+//! addresses that were checked against the map of guest memory that the chain keeps; their contents can change at any
+//! time, so what is read from them is copied out once and checked on the copy.
 
 use std::io::{self, Read, Write};
 
 use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
+use super::SharedMemory;
 use crate::limits;
 
 /// Why a chain was refused.
@@ -43,9 +44,9 @@ pub struct Buffer {
 }
 
 /// A checked descriptor chain.
-#[derive(Debug)]
 pub struct Chain {
     head: u16,
+    memory: SharedMemory,
     readable: Vec<Buffer>,
     writable: Vec<Buffer>,
 }
@@ -53,11 +54,12 @@ pub struct Chain {
 impl Chain {
     /// Checks a raw chain whole.
     pub(super) fn check(
-        memory: &GuestMemoryMmap,
+        memory: &SharedMemory,
         raw: DescriptorChain<&GuestMemoryMmap>,
     ) -> Result<Self, ChainError> {
         let mut chain = Self {
             head: raw.head_index(),
+            memory: memory.clone(),
             readable: Vec::new(),
             writable: Vec::new(),
         };
@@ -109,18 +111,18 @@ impl Chain {
     }
 
     /// Reads the device-readable bytes in order.
-    pub fn reader<'a>(&'a self, memory: &'a GuestMemoryMmap) -> ChainReader<'a> {
+    pub fn reader(&self) -> ChainReader<'_> {
         ChainReader(Cursor {
-            memory,
+            memory: &self.memory,
             buffers: &self.readable,
             offset: 0,
         })
     }
 
     /// Writes the device-writable bytes in order.
-    pub fn writer<'a>(&'a self, memory: &'a GuestMemoryMmap) -> ChainWriter<'a> {
+    pub fn writer(&self) -> ChainWriter<'_> {
         ChainWriter(Cursor {
-            memory,
+            memory: &self.memory,
             buffers: &self.writable,
             offset: 0,
         })
@@ -128,24 +130,14 @@ impl Chain {
 
     /// The device-readable bytes from `skip` on, at most `max`, as addresses for `writev` and its kind.
     ///
-    /// The addresses stay valid while `memory` lives; the guest can change what they hold at any time.
-    pub fn readable_iovecs(
-        &self,
-        memory: &GuestMemoryMmap,
-        skip: usize,
-        max: usize,
-    ) -> Vec<libc::iovec> {
-        iovecs(memory, &self.readable, skip, max)
+    /// The addresses stay valid while the chain lives; the guest can change what they hold at any time.
+    pub fn readable_iovecs(&self, skip: usize, max: usize) -> Vec<libc::iovec> {
+        iovecs(&self.memory, &self.readable, skip, max)
     }
 
     /// The device-writable bytes from `skip` on, at most `max`, as addresses for `readv` and its kind.
-    pub fn writable_iovecs(
-        &self,
-        memory: &GuestMemoryMmap,
-        skip: usize,
-        max: usize,
-    ) -> Vec<libc::iovec> {
-        iovecs(memory, &self.writable, skip, max)
+    pub fn writable_iovecs(&self, skip: usize, max: usize) -> Vec<libc::iovec> {
+        iovecs(&self.memory, &self.writable, skip, max)
     }
 }
 
@@ -166,7 +158,7 @@ fn iovecs(
             break;
         }
         let start = GuestAddress(buffer.address.0.wrapping_add(skip as u64));
-        // Checked when the chain was made; memory does not shrink.
+        // Checked when the chain was made, against this map.
         let Ok(slice) = memory.get_slice(start, len) else {
             break;
         };

@@ -23,7 +23,7 @@ pub mod worker;
 use std::io;
 use std::sync::Arc;
 
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use self::queue::VirtQueue;
@@ -37,8 +37,10 @@ pub const F_INDIRECT_DESC: u64 = 1 << 28;
 /// What every queue of ours can do; the transports add these to [`VirtioDevice::features`].
 pub const COMMON_FEATURES: u64 = F_VERSION_1 | F_EVENT_IDX | F_INDIRECT_DESC;
 
-/// Guest memory as the devices share it.
+/// One map of guest memory. It never changes: a machine that grows gets another, which holds all of this one.
 pub type SharedMemory = Arc<GuestMemoryMmap>;
+/// Guest memory as the devices share it: the map of the moment.
+pub type GrowingMemory = GuestMemoryAtomic<GuestMemoryMmap>;
 
 /// How a device calls the guest. Implemented by each transport.
 pub trait Interrupt: Send + Sync {
@@ -54,8 +56,6 @@ pub trait Interrupt: Send + Sync {
 
 /// Everything a device needs to run, handed over at DRIVER_OK.
 pub struct Activation {
-    /// Guest memory.
-    pub memory: SharedMemory,
     /// The features that the driver accepted.
     pub features: u64,
     /// One for each of [`VirtioDevice::queue_sizes`]; `None` where the driver did not make the queue ready.

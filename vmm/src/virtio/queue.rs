@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Address, Bytes, GuestAddress};
+use vm_memory::{Address, Bytes, GuestAddress, GuestAddressSpace};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::chain::{Chain, ChainError};
-use super::{Interrupt, SharedMemory};
+use super::{GrowingMemory, Interrupt, SharedMemory};
 
 /// The ring itself is broken; the device stops serving this queue until it is reset.
 #[derive(Debug, thiserror::Error)]
@@ -58,7 +58,10 @@ pub struct Layout {
 pub struct VirtQueue {
     index: u16,
     queue: Queue,
-    memory: SharedMemory,
+    /// What chains may point into.
+    memory: GrowingMemory,
+    /// The map in which the rings were found valid. They stay where they are.
+    rings: SharedMemory,
     kick: EventFd,
     interrupt: Arc<dyn Interrupt>,
     in_flight: Box<[bool]>,
@@ -71,7 +74,7 @@ impl VirtQueue {
     pub fn new(
         index: u16,
         queue: Queue,
-        memory: SharedMemory,
+        memory: GrowingMemory,
         kick: EventFd,
         interrupt: Arc<dyn Interrupt>,
     ) -> Self {
@@ -80,6 +83,7 @@ impl VirtQueue {
             index,
             notified: queue.next_used(),
             queue,
+            rings: memory.memory().into_inner(),
             memory,
             kick,
             interrupt,
@@ -99,8 +103,8 @@ impl VirtQueue {
     }
 
     /// The memory that the chains of this queue point into.
-    pub fn memory(&self) -> &SharedMemory {
-        &self.memory
+    pub fn memory(&self) -> SharedMemory {
+        self.memory.memory().into_inner()
     }
 
     /// The next available chain, checked. A chain that is malformed is given back with length 0 and logged: the
@@ -108,7 +112,7 @@ impl VirtQueue {
     pub fn pop(&mut self) -> Result<Option<Chain>, QueueError> {
         let index = self.index;
         for _ in 0..self.queue.size() {
-            let memory = Arc::clone(&self.memory);
+            let memory = self.memory();
             let ring = |source| QueueError::Ring { index, source };
             let Some(raw) = self.queue.iter(&*memory).map_err(ring)?.next() else {
                 return Ok(None);
@@ -145,7 +149,7 @@ impl VirtQueue {
             *busy = false;
         }
         self.queue
-            .add_used(&*self.memory, head, written)
+            .add_used(&*self.rings, head, written)
             .map_err(|source| QueueError::Ring { index, source })
     }
 
@@ -165,7 +169,7 @@ impl VirtQueue {
             let element = [u32::from(chain.head()).to_le(), written.to_le()];
             at.ok_or(virtio_queue::Error::AddressOverflow)
                 .and_then(|at| {
-                    let written = self.memory.write_obj(element, at);
+                    let written = self.rings.write_obj(element, at);
                     written.map_err(virtio_queue::Error::GuestMemory)
                 })
                 .map_err(|source| QueueError::Ring { index, source })?;
@@ -198,7 +202,7 @@ impl VirtQueue {
             let wish: u16 = at
                 .ok_or(virtio_queue::Error::AddressOverflow)
                 .and_then(|at| {
-                    let read = self.memory.read_obj(at);
+                    let read = self.rings.read_obj(at);
                     read.map_err(virtio_queue::Error::GuestMemory)
                 })
                 .map_err(|source| QueueError::Ring { index, source })?;
@@ -215,7 +219,7 @@ impl VirtQueue {
     pub fn disable_kicks(&mut self) -> Result<(), QueueError> {
         let index = self.index;
         self.queue
-            .disable_notification(&*self.memory)
+            .disable_notification(&*self.rings)
             .map_err(|source| QueueError::Ring { index, source })
     }
 
@@ -223,7 +227,7 @@ impl VirtQueue {
     pub fn enable_kicks(&mut self) -> Result<bool, QueueError> {
         let index = self.index;
         self.queue
-            .enable_notification(&*self.memory)
+            .enable_notification(&*self.rings)
             .map_err(|source| QueueError::Ring { index, source })
     }
 
@@ -244,7 +248,7 @@ impl VirtQueue {
         let index = self.index;
         let used = self
             .queue
-            .used_idx(&*self.memory, Ordering::Acquire)
+            .used_idx(&*self.rings, Ordering::Acquire)
             .map_err(|source| QueueError::Ring { index, source })?;
         self.queue.set_next_avail(next_available);
         self.queue.set_next_used(used.0);
@@ -289,14 +293,14 @@ mod tests {
         );
         let chain = device.pop().unwrap().unwrap();
         let mut text = String::new();
-        chain.reader(&memory).read_to_string(&mut text).unwrap();
+        chain.reader().read_to_string(&mut text).unwrap();
         assert_eq!(text, "hello world");
-        chain.writer(&memory).write_all(b"12345678").unwrap();
-        assert!(chain.writer(&memory).write_all(b"123456789").is_err());
-        assert_eq!(chain.readable_iovecs(&memory, 6, 100).len(), 1);
+        chain.writer().write_all(b"12345678").unwrap();
+        assert!(chain.writer().write_all(b"123456789").is_err());
+        assert_eq!(chain.readable_iovecs(6, 100).len(), 1);
         assert_eq!(
             chain
-                .writable_iovecs(&memory, 2, 3)
+                .writable_iovecs(2, 3)
                 .iter()
                 .map(|v| v.iov_len)
                 .sum::<usize>(),
@@ -466,5 +470,33 @@ mod tests {
         let chain = device.pop().unwrap().unwrap();
         device.unpop(chain);
         assert_eq!(device.pop().unwrap().unwrap().head(), 2);
+    }
+
+    #[test]
+    fn a_chain_in_memory_that_came_later_is_taken_after_the_growth() {
+        let (small, mut driver, _, interrupt) = queue();
+        let memory = GrowingMemory::from(small.clone());
+        let mut ring = Queue::new(16).unwrap();
+        ring.set_desc_table_address(Some(0x10000), Some(0));
+        ring.set_avail_ring_address(Some(0x10000 + 0x8000), Some(0));
+        ring.set_used_ring_address(Some(0x10000 + 0xc000), Some(0));
+        ring.set_ready(true);
+        let kick = EventFd::new(0).unwrap();
+        let mut device = VirtQueue::new(0, ring, memory.clone(), kick, interrupt);
+        let beyond = MEMORY_SIZE as u64;
+        driver.offer_chain(0, &[(beyond, 8, false)]);
+        assert!(device.pop().unwrap().is_none());
+        assert_eq!(driver.used(), Some((0, 0)));
+        let more = vm_memory::GuestRegionMmap::from_range(GuestAddress(beyond), 4096, None);
+        let large = small.insert_region(Arc::new(more.unwrap())).unwrap();
+        large.write_slice(b"ungrown", GuestAddress(beyond)).unwrap();
+        memory.lock().unwrap().replace(large);
+        driver.offer_chain(1, &[(beyond, 7, false), (0x2000, 8, true)]);
+        let chain = device.pop().unwrap().unwrap();
+        let mut text = String::new();
+        chain.reader().read_to_string(&mut text).unwrap();
+        assert_eq!(text, "ungrown");
+        device.push(chain, 0).unwrap();
+        assert_eq!(driver.used(), Some((1, 0)));
     }
 }

@@ -92,7 +92,7 @@ impl DriverQueue {
         let device = VirtQueue::new(
             index,
             queue,
-            memory.clone(),
+            memory.clone().into(),
             kick.try_clone().unwrap(),
             interrupt,
         );

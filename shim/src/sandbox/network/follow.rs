@@ -113,6 +113,7 @@ async fn follow(pod: &Pod, network: &Arc<Network>, socket: Socket) -> io::Error 
             Ok(more) => again |= more,
             Err(error) => return error,
         }
+        let _awake = pod.rest().wake().await;
         let Ok(agent) = pod.agent() else { continue };
         let failure = network.update(Some(agent), false).await.err();
         let failure = failure.map(|error| error.to_string());

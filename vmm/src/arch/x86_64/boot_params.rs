@@ -32,12 +32,9 @@ pub struct Initramfs {
 /// Memory that the guest may use: all of it but the legacy hole and the MP table.
 pub fn e820(memory_bytes: u64) -> Vec<(u64, u64)> {
     let mut map = vec![(0, layout::MP_TABLE)];
-    for (base, len) in layout::memory_ranges(memory_bytes) {
-        if base == 0 {
-            map.push((layout::HIGH_MEMORY, len.saturating_sub(layout::HIGH_MEMORY)));
-        } else {
-            map.push((base, len));
-        }
+    for range in layout::memory_ranges(memory_bytes) {
+        let base = range.address.max(layout::HIGH_MEMORY);
+        map.push((base, range.end().saturating_sub(base)));
     }
     map
 }

@@ -23,9 +23,19 @@ pub struct MmioSlot {
     pub irq: u32,
 }
 
-/// The line for a machine with these devices, in this order.
-pub fn build(slots: &[MmioSlot]) -> String {
+/// `maxcpus` for a machine with `vcpus` of the `most` that its kernel finds: the others stay off until they are granted.
+pub fn held_back(vcpus: u8, most: u8) -> String {
+    if vcpus < most {
+        format!(" maxcpus={vcpus}")
+    } else {
+        String::new()
+    }
+}
+
+/// The line for a machine with these CPUs and these devices, in this order.
+pub fn build(vcpus: u8, most_vcpus: u8, slots: &[MmioSlot]) -> String {
     let mut line = BASE.to_owned();
+    line.push_str(&held_back(vcpus, most_vcpus));
     for slot in slots {
         line.push_str(&format!(
             " virtio_mmio.device={}K@{:#x}:{}",
@@ -50,8 +60,10 @@ mod tests {
                 irq,
             })
             .collect();
-        let line = build(&slots);
+        let line = build(2, 32, &slots);
         assert!(line.starts_with("console=ttyS0"));
+        assert!(line.contains(" maxcpus=2 "));
+        assert!(!build(2, 2, &slots).contains("maxcpus"));
         assert!(
             line.contains(
                 " virtio_mmio.device=4K@0xd0000000:9 virtio_mmio.device=4K@0xd0001000:10"

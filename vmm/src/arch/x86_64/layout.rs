@@ -47,28 +47,155 @@ pub const I8042_PORT: u64 = 0x60;
 /// Interrupt lines for virtio devices: above the legacy ones that have an owner, up to the I/O APIC's last pin.
 pub const VIRTIO_IRQS: std::ops::RangeInclusive<u32> = 9..=23;
 
-/// Guest memory as ranges of address and length: below the hole, and the rest above it.
-pub fn memory_ranges(bytes: u64) -> Vec<(u64, u64)> {
-    let below = bytes.min(HOLE_START);
-    let mut ranges = vec![(0, below)];
-    if bytes > below {
-        ranges.push((HOLE_END, bytes - below));
+/// Memory is added to a running machine in blocks of this size, at multiples of it: Linux' smallest memory block.
+pub const MEMORY_BLOCK: u64 = 128 << 20;
+
+/// A range of guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryRange {
+    /// First address.
+    pub address: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// Where it is in the host's mapping, which has no hole.
+    pub offset: u64,
+}
+
+impl MemoryRange {
+    /// First address after it.
+    pub fn end(self) -> u64 {
+        self.address.saturating_add(self.len)
     }
-    ranges
+}
+
+/// Guest memory at boot: below the hole, and the rest above it.
+pub fn memory_ranges(bytes: u64) -> Vec<MemoryRange> {
+    ranges(0, bytes)
+}
+
+/// Memory that was added later, after `boot` bytes of the beginning: it starts with the next whole block.
+pub fn growth_ranges(boot: u64, added: u64) -> Vec<MemoryRange> {
+    ranges(boot.next_multiple_of(MEMORY_BLOCK), added)
+}
+
+/// Both, adjacent ranges as one: buffers of a guest may lie across the seam.
+pub fn all_ranges(boot: u64, added: u64) -> Vec<MemoryRange> {
+    let mut all: Vec<MemoryRange> = Vec::new();
+    for range in [memory_ranges(boot), growth_ranges(boot, added)].concat() {
+        match all.last_mut() {
+            Some(last) if last.end() == range.address => {
+                last.len = last.len.saturating_add(range.len);
+            }
+            _ => all.push(range),
+        }
+    }
+    all
+}
+
+/// Bytes of the host's mapping for `boot` bytes and `added` more.
+pub fn mapping_len(boot: u64, added: u64) -> u64 {
+    match added {
+        0 => boot,
+        added => boot.next_multiple_of(MEMORY_BLOCK).saturating_add(added),
+    }
+}
+
+/// `len` bytes of the mapping from `offset` on.
+fn ranges(offset: u64, len: u64) -> Vec<MemoryRange> {
+    let below = HOLE_START.saturating_sub(offset).min(len);
+    let parts = [
+        MemoryRange {
+            address: offset,
+            len: below,
+            offset,
+        },
+        MemoryRange {
+            address: (offset.max(HOLE_START) - HOLE_START).saturating_add(HOLE_END),
+            len: len - below,
+            offset: offset.saturating_add(below),
+        },
+    ];
+    parts.into_iter().filter(|part| part.len > 0).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    const MIB: u64 = 1 << 20;
+    const GIB: u64 = 1 << 30;
+
+    fn plain(ranges: Vec<MemoryRange>) -> Vec<(u64, u64)> {
+        ranges
+            .iter()
+            .map(|range| (range.address, range.len))
+            .collect()
+    }
+
     #[test]
     fn memory_beyond_the_hole_goes_above_four_gib() {
-        assert_eq!(memory_ranges(96 << 20), [(0, 96 << 20)]);
-        assert_eq!(memory_ranges(3 << 30), [(0, 3 << 30)]);
+        assert_eq!(plain(memory_ranges(96 * MIB)), [(0, 96 * MIB)]);
+        assert_eq!(plain(memory_ranges(3 * GIB)), [(0, 3 * GIB)]);
         assert_eq!(
-            memory_ranges((3 << 30) + 4096),
-            [(0, 3 << 30), (4 << 30, 4096)]
+            plain(memory_ranges(3 * GIB + 4096)),
+            [(0, 3 * GIB), (4 * GIB, 4096)]
         );
-        assert_eq!(memory_ranges(8 << 30), [(0, 3 << 30), (4 << 30, 5 << 30)]);
+        assert_eq!(
+            plain(memory_ranges(8 * GIB)),
+            [(0, 3 * GIB), (4 * GIB, 5 * GIB)]
+        );
+    }
+
+    #[test]
+    fn growth_starts_with_a_whole_block_and_passes_the_hole() {
+        assert_eq!(plain(growth_ranges(512 * MIB, 0)), []);
+        assert_eq!(
+            plain(growth_ranges(512 * MIB, 256 * MIB)),
+            [(512 * MIB, 256 * MIB)]
+        );
+        assert_eq!(
+            plain(growth_ranges(600 * MIB, 128 * MIB)),
+            [(640 * MIB, 128 * MIB)]
+        );
+        assert_eq!(
+            plain(growth_ranges(2 * GIB + 1, 2 * GIB)),
+            [
+                (2 * GIB + 128 * MIB, GIB - 128 * MIB),
+                (4 * GIB, GIB + 128 * MIB)
+            ]
+        );
+        // The boot memory ends above the hole, or right at it.
+        assert_eq!(
+            plain(growth_ranges(4 * GIB + MIB, GIB)),
+            [(5 * GIB + 128 * MIB, GIB)]
+        );
+        assert_eq!(plain(growth_ranges(3 * GIB, GIB)), [(4 * GIB, GIB)]);
+    }
+
+    #[test]
+    fn all_ranges_are_in_order_apart_and_within_the_mapping() {
+        for boot in [
+            96 * MIB,
+            512 * MIB,
+            600 * MIB,
+            3 * GIB - MIB,
+            3 * GIB,
+            5 * GIB + MIB,
+        ] {
+            for added in [0, 128 * MIB, GIB, 4 * GIB] {
+                let all = all_ranges(boot, added);
+                assert!(all.len() <= 3, "{all:?}");
+                assert_eq!(all.iter().map(|range| range.len).sum::<u64>(), boot + added);
+                for pair in all.windows(2) {
+                    assert!(pair[0].end() < pair[1].address, "{all:?}");
+                    assert!(pair[0].offset + pair[0].len <= pair[1].offset, "{all:?}");
+                }
+                for range in &all {
+                    assert!(range.end() <= HOLE_START || range.address >= HOLE_END);
+                    assert!(range.offset + range.len <= mapping_len(boot, added));
+                }
+            }
+        }
+        assert_eq!(plain(all_ranges(512 * MIB, GIB)), [(0, 512 * MIB + GIB)]);
     }
 }

@@ -20,7 +20,7 @@ const APIC_VERSION: u8 = 0x14;
 const SPEC_1_4: u8 = 4;
 
 /// Builds the floating pointer and the table right behind it, to be put at [`layout::MP_TABLE`].
-/// `vcpus` was checked to be 1 to 32; APIC ids are 0 to `vcpus - 1`.
+/// `vcpus` was checked to be 1 to 32, those that may come later included; APIC ids are 0 to `vcpus - 1`.
 pub fn build(vcpus: u8) -> Vec<u8> {
     let io_apic_id = vcpus;
     let mut entries: Vec<u8> = Vec::new();

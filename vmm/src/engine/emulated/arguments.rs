@@ -6,6 +6,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
 use super::EmulatedError;
+use crate::arch::x86_64::{cmdline, layout};
 use crate::config::MachineConfig;
 use crate::virtio::VirtioDevice;
 use crate::virtio::net::Mac;
@@ -105,14 +106,23 @@ impl Frontend {
 
 /// All arguments. Sizes are numbers and paths stand alone, so nothing in the configuration can become an option.
 pub fn arguments(config: &MachineConfig, frontends: &[Frontend], tsc_khz: u64) -> Vec<OsString> {
-    let memory = config.memory_mib;
+    let boot = config.memory_bytes();
+    // The emulator has the machine's reserve as well; the guest's kernel is told to leave it.
+    let memory = layout::mapping_len(boot, config.reserve_bytes()) >> 20;
     let mut list: Vec<OsString> = Vec::new();
     let mut add = |option: &str, value: &OsStr| {
         list.push(option.into());
         list.push(value.into());
     };
     let memory_object = format!("memory-backend-memfd,id=ram,share=on,size={memory}M");
-    let command_line = format!("{COMMAND_LINE} tsc_early_khz={tsc_khz}");
+    let mut command_line = format!("{COMMAND_LINE} tsc_early_khz={tsc_khz}");
+    command_line.push_str(&cmdline::held_back(config.vcpus, config.vcpus_max()));
+    if let (true, Some(last)) = (
+        config.reserve_bytes() > 0,
+        layout::memory_ranges(boot).last(),
+    ) {
+        command_line.push_str(&format!(" mem={}M", last.end() >> 20));
+    }
     let pairs = [
         // Nothing of a PC but what the kernel needs for its clocks, and the port for its messages.
         (
@@ -138,7 +148,7 @@ pub fn arguments(config: &MachineConfig, frontends: &[Frontend], tsc_khz: u64) -
         add(option, OsStr::new(value));
     }
     add("-m", OsStr::new(&format!("{memory}M")));
-    add("-smp", OsStr::new(&config.vcpus.to_string()));
+    add("-smp", OsStr::new(&config.vcpus_max().to_string()));
     add("-kernel", config.kernel.as_os_str());
     add("-initrd", config.initramfs.as_os_str());
     for (index, frontend) in frontends.iter().enumerate() {
@@ -181,6 +191,8 @@ mod tests {
         };
         assert_eq!(after("-kernel"), "/a,readonly=off -qmp x");
         assert_eq!(after("-smp"), "2");
+        assert_eq!(after("-m"), "96M");
+        assert!(!after("-append").contains("mem=") && !after("-append").contains("maxcpus"));
         assert_eq!(
             after("-device"),
             "vhost-user-fs-device,num-request-queues=1,queue-size=512,tag=pod,chardev=vhost0"
@@ -188,5 +200,31 @@ mod tests {
         assert!(list.contains(&"socket,id=vhost1,path=/a,,b/net".into()));
         let net = "virtio-net-device,netdev=net1,mac=02:00:00:00:00:01";
         assert!(list.contains(&net.into()));
+    }
+
+    #[test]
+    fn a_reserve_is_the_emulators_and_the_kernel_leaves_it() {
+        let arguments = |memory: u64| {
+            let folder = tempfile::tempdir().unwrap();
+            let json = serde_json::json!({"engine": "emulated", "kernel": "/k", "initramfs": "/i", "vcpus": 2,
+                "vcpus_max": 4, "memory_mib": memory, "memory_max_mib": memory + 256});
+            std::fs::write(folder.path().join("machine.json"), json.to_string()).unwrap();
+            let config = MachineConfig::load(folder.path()).unwrap();
+            let list = super::arguments(&config, &[], 2_000_000);
+            let after = |option: &str| {
+                let at = list.iter().position(|argument| argument == option).unwrap();
+                list[at + 1].to_str().unwrap().to_owned()
+            };
+            assert_eq!(after("-smp"), "4");
+            assert!(after("-object").ends_with(&format!(",size={}", after("-m"))));
+            (after("-m"), after("-append"))
+        };
+        let (memory, line) = arguments(600);
+        assert_eq!(memory, "896M");
+        assert!(line.contains(" maxcpus=2 mem=600M"), "{line}");
+        // What is above the hole ends a GiB higher.
+        let (memory, line) = arguments(4096);
+        assert_eq!(memory, "4352M");
+        assert!(line.contains(" mem=5120M"), "{line}");
     }
 }

@@ -7,27 +7,24 @@
 pub mod exits;
 mod gate;
 mod host;
+mod memory;
 mod vcpu;
 
 #[cfg(test)]
 mod tests;
 
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use kvm_bindings::{
-    KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
-};
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
-use vm_memory::{
-    Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap,
-    GuestMemoryRegion,
-};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryError, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::exits::ExitCounts;
 use self::gate::Gate;
+use self::memory::{GuestMemory, MemoryError};
 use self::vcpu::Shared;
 use crate::arch::x86_64::cmdline::MmioSlot;
 use crate::arch::x86_64::{boot_params, cmdline, cpuid, images, layout, mp_table, registers};
@@ -38,7 +35,7 @@ use crate::limits;
 use crate::machine::end::EndSender;
 use crate::serial::{ConsoleRing, SerialPort};
 use crate::virtio::transport::mmio::MmioTransport;
-use crate::virtio::{SharedMemory, VirtioDevice};
+use crate::virtio::{GrowingMemory, SharedMemory, VirtioDevice};
 
 /// Why the engine could not start.
 #[derive(Debug, thiserror::Error)]
@@ -63,15 +60,9 @@ pub enum KvmError {
         /// What KVM says.
         allowed: usize,
     },
-    /// Guest memory could not be mapped.
-    #[error("cannot map {mib} MiB of guest memory")]
-    Map {
-        /// Configured.
-        mib: u32,
-        /// The system's answer.
-        #[source]
-        source: vm_memory::mmap::FromRangesError,
-    },
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
     /// A boot structure could not be written.
     #[error("cannot write {what} into guest memory")]
     Write {
@@ -119,9 +110,13 @@ fn kvm_error(step: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> KvmError {
 /// A machine whose vCPUs run.
 pub struct KvmEngine {
     shared: Arc<Shared>,
-    threads: Vec<JoinHandle<()>>,
+    maker: VcpuMaker,
+    /// One for each vCPU that was granted. The guest's kernel finds more in its tables, but they do not exist: what it
+    /// sends to them goes nowhere.
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    memory: Mutex<GuestMemory>,
     // Closed after the vCPUs' descriptors: they are fields of threads that end with the process.
-    _vm: VmFd,
+    vm: VmFd,
 }
 
 impl KvmEngine {
@@ -135,11 +130,14 @@ impl KvmEngine {
     ) -> Result<Self, KvmError> {
         let kvm = host::open()?;
         let vm = create_vm(&kvm, config)?;
-        let memory = create_memory(&vm, config)?;
-        let (mmio, slots) = attach_virtio(&vm, devices, &memory)?;
+        let memory = GuestMemory::new(&vm, config)?;
+        let (mmio, slots) = attach_virtio(&vm, devices, memory.shared())?;
         let ports = attach_ports(&vm, &console, &end)?;
-        let entry = load_guest(&memory, config, &slots)?;
-        let vcpus = create_vcpus(&kvm, &vm, config.vcpus, entry)?;
+        let entry = load_guest(&memory.shared().memory(), config, &slots)?;
+        let maker = VcpuMaker::new(&kvm, config.vcpus_max(), entry)?;
+        let vcpus = (0..config.vcpus)
+            .map(|id| maker.make(&vm, id))
+            .collect::<Result<Vec<_>, _>>()?;
         let shared = Arc::new(Shared {
             ports,
             mmio,
@@ -147,32 +145,57 @@ impl KvmEngine {
             gate: Gate::default(),
             end,
             console,
-            _memory: memory,
         });
         gate::install_handler().map_err(|error| KvmError::Io {
             what: "the vCPUs' signal handler",
             source: error.into(),
         })?;
-        let mut threads = Vec::with_capacity(vcpus.len());
-        for (id, fd) in (0u8..).zip(vcpus) {
-            let thread = vcpu::spawn(id, fd, shared.clone()).map_err(|source| KvmError::Io {
-                what: "a vCPU thread",
-                source,
-            })?;
-            threads.push(thread);
-        }
-        Ok(Self {
+        let engine = Self {
             shared,
-            threads,
-            _vm: vm,
-        })
+            maker,
+            threads: Mutex::default(),
+            memory: Mutex::new(memory),
+            vm,
+        };
+        for (id, fd) in (0u8..).zip(vcpus) {
+            engine.run(id, fd)?;
+        }
+        Ok(engine)
+    }
+
+    fn run(&self, id: u8, fd: VcpuFd) -> Result<(), KvmError> {
+        let thread = vcpu::spawn(id, fd, self.shared.clone()).map_err(|source| KvmError::Io {
+            what: "a vCPU thread",
+            source,
+        })?;
+        lock(&self.threads).push(thread);
+        Ok(())
+    }
+
+    /// Makes vCPUs until there are `count`, for the guest to start. On an error some may have been made.
+    pub fn grow_vcpus(&self, count: u8) -> Result<(), KvmError> {
+        for id in self.vcpus()..count {
+            self.run(id, self.maker.make(&self.vm, id)?)?;
+        }
+        Ok(())
+    }
+
+    /// How many vCPUs there are.
+    pub fn vcpus(&self) -> u8 {
+        u8::try_from(lock(&self.threads).len()).unwrap_or(u8::MAX)
+    }
+
+    /// Makes what was added after the start `added` bytes: whole blocks, within the reserve. The answer is the new map.
+    pub fn grow_memory(&self, added: u64) -> Result<SharedMemory, KvmError> {
+        Ok(lock(&self.memory).grow(&self.vm, added)?)
     }
 
     /// Stops all vCPUs; returns when none is in the guest. If one does not stop in time, all go on.
     pub fn pause(&self) -> Result<(), NotStopping> {
         self.shared.gate.close();
-        self.threads.iter().for_each(vcpu::kick);
-        let count = self.threads.len();
+        let threads = lock(&self.threads);
+        threads.iter().for_each(vcpu::kick);
+        let count = threads.len();
         if self.shared.gate.wait_parked(count, limits::PAUSE_TIMEOUT) {
             return Ok(());
         }
@@ -186,11 +209,15 @@ impl KvmEngine {
     }
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn create_vm(kvm: &Kvm, config: &MachineConfig) -> Result<VmFd, KvmError> {
     let allowed = kvm.get_max_vcpus();
-    if usize::from(config.vcpus) > allowed {
+    if usize::from(config.vcpus_max()) > allowed {
         return Err(KvmError::Vcpus {
-            asked: config.vcpus,
+            asked: config.vcpus_max(),
             allowed,
         });
     }
@@ -216,36 +243,11 @@ fn create_vm(kvm: &Kvm, config: &MachineConfig) -> Result<VmFd, KvmError> {
     Ok(vm)
 }
 
-/// Private anonymous memory: nobody else can map it, and untouched pages cost nothing.
-fn create_memory(vm: &VmFd, config: &MachineConfig) -> Result<SharedMemory, KvmError> {
-    let ranges: Vec<(GuestAddress, usize)> = layout::memory_ranges(config.memory_bytes())
-        .into_iter()
-        .map(|(base, len)| (GuestAddress(base), len as usize))
-        .collect();
-    let memory = GuestMemoryMmap::from_ranges(&ranges).map_err(|source| KvmError::Map {
-        mib: config.memory_mib,
-        source,
-    })?;
-    for (slot, region) in (0u32..).zip(memory.iter()) {
-        let region = kvm_userspace_memory_region {
-            slot,
-            flags: 0,
-            guest_phys_addr: region.start_addr().raw_value(),
-            memory_size: region.len(),
-            userspace_addr: region.as_ptr() as u64,
-        };
-        // SAFETY: the range is a live mapping of this process, used for nothing else, and its slot is new. It stays
-        // mapped as long as vCPUs run: their threads hold it by `Shared`.
-        unsafe { vm.set_user_memory_region(region) }.map_err(kvm_error("take guest memory"))?;
-    }
-    Ok(Arc::new(memory))
-}
-
 /// Puts each device on its page of MMIO with its interrupt line; kicks go by ioeventfd, interrupts by irqfd.
 fn attach_virtio(
     vm: &VmFd,
     devices: Vec<Box<dyn VirtioDevice>>,
-    memory: &SharedMemory,
+    memory: &GrowingMemory,
 ) -> Result<(Bus, Vec<MmioSlot>), KvmError> {
     let mut bus = Bus::default();
     let mut slots = Vec::new();
@@ -298,7 +300,7 @@ fn load_guest(
 ) -> Result<GuestAddress, KvmError> {
     let kernel = images::load_kernel(memory, &config.kernel)?;
     let initramfs = images::load_initramfs(memory, &kernel, &config.initramfs)?;
-    let line = cmdline::build(slots);
+    let line = cmdline::build(config.vcpus, config.vcpus_max(), slots);
     let params = boot_params::build(config.memory_bytes(), Some(initramfs), line.len());
     let write = |what, bytes: &[u8], address| {
         memory
@@ -308,31 +310,40 @@ fn load_guest(
     // Memory is zero, so the line has its end mark.
     write("the command line", line.as_bytes(), layout::CMDLINE)?;
     write("the boot parameters", &params, layout::BOOT_PARAMS)?;
-    let table = mp_table::build(config.vcpus);
+    let table = mp_table::build(config.vcpus_max());
     write("the MP table", &table, layout::MP_TABLE)?;
     registers::write_boot_tables(memory)?;
     Ok(kernel.entry)
 }
 
-fn create_vcpus(
-    kvm: &Kvm,
-    vm: &VmFd,
+/// What a vCPU is made from, at the start and later.
+struct VcpuMaker {
+    supported: CpuId,
+    tsc_deadline: bool,
+    /// Those that may come later included: the topology does not change.
     count: u8,
     entry: GuestAddress,
-) -> Result<Vec<VcpuFd>, KvmError> {
-    let supported = kvm
-        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-        .map_err(kvm_error("tell the CPUID that it supports"))?;
-    let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
-    (0..count)
-        .map(|id| {
-            let fd = vm
-                .create_vcpu(u64::from(id))
-                .map_err(kvm_error("create a vCPU"))?;
-            let list = cpuid::for_vcpu(&supported, id, count, tsc_deadline)
-                .map_err(|_| KvmError::Cpuid(id))?;
-            registers::set_up(&fd, id, &list, entry)?;
-            Ok(fd)
+}
+
+impl VcpuMaker {
+    fn new(kvm: &Kvm, count: u8, entry: GuestAddress) -> Result<Self, KvmError> {
+        Ok(Self {
+            supported: kvm
+                .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+                .map_err(kvm_error("tell the CPUID that it supports"))?,
+            tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
+            count,
+            entry,
         })
-        .collect()
+    }
+
+    fn make(&self, vm: &VmFd, id: u8) -> Result<VcpuFd, KvmError> {
+        let fd = vm
+            .create_vcpu(u64::from(id))
+            .map_err(kvm_error("create a vCPU"))?;
+        let list = cpuid::for_vcpu(&self.supported, id, self.count, self.tsc_deadline)
+            .map_err(|_| KvmError::Cpuid(id))?;
+        registers::set_up(&fd, id, &list, self.entry)?;
+        Ok(fd)
+    }
 }

@@ -50,7 +50,7 @@ fn config(dir: &Path, vcpus: u8, memory_mib: u32) -> MachineConfig {
     let (kernel, initramfs) = (dir.join("kernel"), dir.join("initramfs"));
     std::fs::write(&initramfs, [0; 512]).unwrap();
     let json = serde_json::json!({"engine": "kvm", "kernel": kernel, "initramfs": initramfs,
-        "vcpus": vcpus, "memory_mib": memory_mib});
+        "vcpus": vcpus, "vcpus_max": 32, "memory_mib": memory_mib, "memory_max_mib": memory_mib + 512});
     std::fs::write(dir.join("machine.json"), json.to_string()).unwrap();
     MachineConfig::load(dir).unwrap()
 }
@@ -241,4 +241,94 @@ fn a_guest_reads_the_registers_of_a_virtio_device() {
     assert_eq!(guest.end().reason, EndReason::GuestShutdown);
     let exits = guest.exits.by_name();
     assert_eq!((exits["mmio_read"], exits["mmio_write"]), (2, 1));
+}
+
+/// Waits until `holds`, for some seconds.
+fn eventually(holds: impl Fn() -> bool) {
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    while !holds() {
+        assert!(std::time::Instant::now() < deadline);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Maps the GiB of devices below 4 GiB with its last table at 0x5000, and only the 2 MiB that `page` lies in.
+fn map_devices(page: u32) -> Vec<u8> {
+    let mut code = vec![0xbb, 0x18, 0x30, 0, 0]; // mov ebx, 0x3018
+    code.extend_from_slice(&[0xc7, 0x03, 0x03, 0x50, 0, 0]); // mov dword [rbx], 0x5003
+    code.push(0xbb); // mov ebx, the entry
+    code.extend_from_slice(&(0x5000 + (page - 0xc000_0000) / (2 << 20) * 8).to_le_bytes());
+    code.extend_from_slice(&[0xc7, 0x03]); // mov dword [rbx], the page, its size and rights, uncached
+    code.extend_from_slice(&(page & !0x1f_ffff | 0x93).to_le_bytes());
+    code
+}
+
+#[test]
+fn a_guest_cannot_start_a_vcpu_before_it_is_granted() {
+    let mut code = map_devices(layout::LOCAL_APIC);
+    // The other vCPU's program at 0x20000, in real mode: mov al, 'A'; mov dx, 0x3f8; out dx, al; hlt; jmp
+    code.extend_from_slice(&[0xbb, 0, 0, 2, 0]); // mov ebx, 0x20000
+    code.extend_from_slice(&[0xc7, 0x03, 0xb0, 0x41, 0xba, 0xf8]);
+    code.extend_from_slice(&[0xc7, 0x43, 4, 0x03, 0xee, 0xf4, 0xeb]);
+    code.extend_from_slice(&[0xc6, 0x43, 8, 0xfd]);
+    code.extend_from_slice(&[0xbb, 0, 0, 0xe0, 0xfe]); // mov ebx, the local APIC
+    // Without end: to APIC id 1 INIT, then SIPI with 0x20; out 0x80, al
+    let again = code.len();
+    code.extend_from_slice(&[0xc7, 0x83, 0x10, 3, 0, 0, 0, 0, 0, 1]);
+    code.extend_from_slice(&[0xc7, 0x83, 0, 3, 0, 0, 0, 0x45, 0, 0]);
+    code.extend_from_slice(&[0xc7, 0x83, 0x10, 3, 0, 0, 0, 0, 0, 1]);
+    code.extend_from_slice(&[0xc7, 0x83, 0, 3, 0, 0, 0x20, 0x46, 0, 0]);
+    code.extend_from_slice(&[0xe6, 0x80]);
+    let back = again as i8 as isize - (code.len() as isize + 2);
+    code.extend_from_slice(&[0xeb, back as i8 as u8]);
+    let Some(guest) = start(&code, 1, vec![]) else {
+        return;
+    };
+    // It has asked several times.
+    eventually(|| guest.exits.by_name()["port_write"] > 3);
+    assert_eq!(guest.console.tail(100), "");
+    assert_eq!(guest.engine.vcpus(), 1);
+    // Also while the machine is paused; then the new vCPU stands still as well.
+    guest.engine.pause().unwrap();
+    guest.engine.grow_vcpus(2).unwrap();
+    assert_eq!(guest.engine.vcpus(), 2);
+    guest.engine.grow_vcpus(2).unwrap();
+    guest.engine.pause().unwrap();
+    assert_eq!(guest.console.tail(100), "");
+    guest.engine.resume();
+    eventually(|| guest.console.tail(100).starts_with('A'));
+    guest.engine.pause().unwrap();
+}
+
+#[test]
+fn memory_is_the_guests_once_it_is_granted() {
+    // Looks at the first block after its 96 MiB until that is no longer all ones.
+    let mut code = vec![0xbb, 0, 0, 0, 8]; // mov ebx, 128 MiB
+    code.extend_from_slice(&[0x8b, 0x03, 0x83, 0xf8, 0xff, 0x74, 0xf9]); // mov eax, [rbx]; cmp eax, -1; je back
+    // Writes to the end of the block and reads it back.
+    code.extend_from_slice(&[0xbb, 0xfc, 0xff, 0xff, 0x0f]); // mov ebx, 256 MiB - 4
+    code.extend_from_slice(&[0xc7, 0x03]); // mov dword [rbx], "more"
+    code.extend_from_slice(b"more");
+    code.extend_from_slice(&[0x81, 0x3b]); // cmp dword [rbx], "more"
+    code.extend_from_slice(b"more");
+    code.extend_from_slice(&[0x74, 2, 0x0f, 0x0b]);
+    code.extend(reset());
+    let Some(guest) = start(&code, 1, vec![]) else {
+        return;
+    };
+    eventually(|| guest.exits.by_name()["mmio_read"] > 2);
+    let before = lock(&guest.engine.memory).shared().memory().into_inner();
+    assert!(before.read_obj::<u32>(GuestAddress(128 << 20)).is_err());
+    let map = guest.engine.grow_memory(128 << 20).unwrap();
+    assert_eq!(guest.end().reason, EndReason::GuestShutdown);
+    // Devices find what the guest wrote in the new map, and nothing beyond it; the old map is as it was.
+    let last = GuestAddress((256 << 20) - 4);
+    assert_eq!(&map.read_obj::<u32>(last).unwrap().to_le_bytes(), b"more");
+    assert!(map.read_obj::<u32>(GuestAddress(256 << 20)).is_err());
+    assert!(before.read_obj::<u32>(last).is_err());
+    // The next blocks, and the same again.
+    let map = guest.engine.grow_memory(512 << 20).unwrap();
+    assert_eq!(&map.read_obj::<u32>(last).unwrap().to_le_bytes(), b"more");
+    assert!(map.read_obj::<u32>(GuestAddress(639 << 20)).is_ok());
+    assert!(guest.engine.grow_memory(512 << 20).is_ok());
 }

@@ -14,7 +14,6 @@ use super::gate::{self, Gate, VcpuKick};
 use crate::bus::Bus;
 use crate::machine::end::{End, EndReason, EndSender};
 use crate::serial::ConsoleRing;
-use crate::virtio::SharedMemory;
 
 /// What all vCPUs of a machine share.
 pub struct Shared {
@@ -30,8 +29,6 @@ pub struct Shared {
     pub end: EndSender,
     /// What the guest printed: it tells a restart from a crash.
     pub console: Arc<ConsoleRing>,
-    /// Guest memory, kept mapped while a vCPU can touch it.
-    pub _memory: SharedMemory,
 }
 
 /// Starts the thread of vCPU `id`.

@@ -95,12 +95,11 @@ impl VirtioDevice for Block {
 }
 
 fn serve(queue: &mut VirtQueue, slot: &Slot) -> Result<(), QueueError> {
-    let memory = queue.memory().clone();
     let mut done = 0;
     loop {
         queue.disable_kicks()?;
         while let Some(chain) = queue.pop()? {
-            let written = request::serve(&chain, &memory, slot);
+            let written = request::serve(&chain, slot);
             queue.push(chain, written)?;
             queue.notify()?;
             done += 1;
@@ -164,7 +163,6 @@ mod tests {
             let mut device = Block::new(slot.clone());
             device
                 .activate(Activation {
-                    memory: memory.clone(),
                     features: 0,
                     queues: vec![Some(queue)],
                     interrupt: interrupt.clone(),

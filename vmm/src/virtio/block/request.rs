@@ -3,8 +3,6 @@
 use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 
-use vm_memory::GuestMemoryMmap;
-
 use super::{Disk, SECTOR, Slot};
 use crate::limits;
 use crate::virtio::chain::{Chain, ChainWriter};
@@ -25,12 +23,12 @@ const PIECE: usize = 64 << 10;
 
 /// Does what a chain asks for; the answer is how many bytes of it were written. A chain without room for a status byte
 /// gets none.
-pub fn serve(chain: &Chain, memory: &GuestMemoryMmap, slot: &Slot) -> u32 {
-    let mut writer = chain.writer(memory);
+pub fn serve(chain: &Chain, slot: &Slot) -> u32 {
+    let mut writer = chain.writer();
     let Some(room) = chain.writable_len().checked_sub(1) else {
         return 0;
     };
-    let status = match run(chain, memory, slot, &mut writer, room) {
+    let status = match run(chain, slot, &mut writer, room) {
         Ok(()) => STATUS_OK,
         Err(status) => status,
     };
@@ -42,14 +40,8 @@ pub fn serve(chain: &Chain, memory: &GuestMemoryMmap, slot: &Slot) -> u32 {
     u32::try_from(chain.writable_len()).unwrap_or(u32::MAX)
 }
 
-fn run(
-    chain: &Chain,
-    memory: &GuestMemoryMmap,
-    slot: &Slot,
-    writer: &mut ChainWriter,
-    room: usize,
-) -> Result<(), u8> {
-    let mut reader = chain.reader(memory);
+fn run(chain: &Chain, slot: &Slot, writer: &mut ChainWriter, room: usize) -> Result<(), u8> {
+    let mut reader = chain.reader();
     let mut header = [0; HEADER];
     reader.read_exact(&mut header).map_err(io_error)?;
     let (kind, sector) = parse(header);

@@ -6,8 +6,6 @@
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use vm_memory::GuestMemoryMmap;
-
 use crate::limits;
 use crate::virtio::chain::Chain;
 
@@ -39,21 +37,16 @@ pub enum Kind {
 /// A request whose header was checked.
 pub struct Request<'a> {
     chain: &'a Chain,
-    memory: &'a GuestMemoryMmap,
     header: [u8; IN_HEADER],
 }
 
 impl<'a> Request<'a> {
     /// `None` if the chain is no FUSE request of a size that the file server takes.
-    pub fn parse(chain: &'a Chain, memory: &'a GuestMemoryMmap) -> Option<Self> {
+    pub fn parse(chain: &'a Chain) -> Option<Self> {
         let len = chain.readable_len();
         let mut header = [0; IN_HEADER];
-        chain.reader(memory).read_exact(&mut header).ok()?;
-        let request = Self {
-            chain,
-            memory,
-            header,
-        };
+        chain.reader().read_exact(&mut header).ok()?;
+        let request = Self { chain, header };
         let whole = u32::try_from(len).ok() == Some(request.u32_at(0));
         let room = match request.kind() {
             Kind::Answered => chain.writable_len() >= OUT_HEADER,
@@ -88,13 +81,10 @@ impl<'a> Request<'a> {
             iov_base: header.as_mut_ptr().cast(),
             iov_len: header.len(),
         }];
-        vectors.extend(
-            self.chain
-                .readable_iovecs(self.memory, IN_HEADER, limits::FS_MESSAGE),
-        );
+        vectors.extend(self.chain.readable_iovecs(IN_HEADER, limits::FS_MESSAGE));
         let message = message(&mut vectors);
         let sent = retry(|| {
-            // SAFETY: the vectors are `header` and guest memory, which `self.memory` keeps mapped; only read.
+            // SAFETY: the vectors are `header` and guest memory, which `self.chain` keeps mapped; only read.
             unsafe { libc::sendmsg(socket.as_raw_fd(), &message, libc::MSG_NOSIGNAL) }
         })?;
         // A datagram goes whole or not at all.
@@ -110,13 +100,10 @@ impl<'a> Request<'a> {
             iov_base: header.as_mut_ptr().cast(),
             iov_len: header.len(),
         }];
-        vectors.extend(
-            self.chain
-                .writable_iovecs(self.memory, OUT_HEADER, limits::FS_MESSAGE),
-        );
+        vectors.extend(self.chain.writable_iovecs(OUT_HEADER, limits::FS_MESSAGE));
         let mut message = message(&mut vectors);
         let received = retry(|| {
-            // SAFETY: the vectors are `header` and guest memory, which `self.memory` keeps mapped; no Rust
+            // SAFETY: the vectors are `header` and guest memory, which `self.chain` keeps mapped; no Rust
             // reference to either is alive during the call.
             // MSG_TRUNC: the length of the datagram, also if it is longer than the vectors.
             unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_TRUNC) }
@@ -133,24 +120,24 @@ impl<'a> Request<'a> {
             ));
         }
         if message.msg_flags & libc::MSG_TRUNC != 0 {
-            return Ok(refuse(self.chain, self.memory, libc::EIO));
+            return Ok(refuse(self.chain, libc::EIO));
         }
-        self.chain.writer(self.memory).write_all(&header)?;
+        self.chain.writer().write_all(&header)?;
         Ok(len)
     }
 }
 
 /// Answers `-errno` to whatever the chain holds; gives the length of the answer, 0 if nothing fits.
-pub fn refuse(chain: &Chain, memory: &GuestMemoryMmap, errno: i32) -> u32 {
+pub fn refuse(chain: &Chain, errno: i32) -> u32 {
     let mut request = [0; 16];
-    if chain.reader(memory).read_exact(&mut request).is_err() {
+    if chain.reader().read_exact(&mut request).is_err() {
         return 0;
     }
     let mut header = [0; OUT_HEADER];
     header[0..4].copy_from_slice(&(OUT_HEADER as u32).to_le_bytes());
     header[4..8].copy_from_slice(&errno.wrapping_neg().to_le_bytes());
     header[8..16].copy_from_slice(&request[8..16]);
-    if chain.writable_len() < OUT_HEADER || chain.writer(memory).write_all(&header).is_err() {
+    if chain.writable_len() < OUT_HEADER || chain.writer().write_all(&header).is_err() {
         return 0;
     }
     OUT_HEADER as u32

@@ -46,7 +46,6 @@ impl Bench {
         let queues = vec![Some(hiprio_device), Some(request_device)];
         device
             .activate(Activation {
-                memory: memory.clone(),
                 features: 0,
                 queues,
                 interrupt,

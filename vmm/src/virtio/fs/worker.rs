@@ -12,7 +12,6 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::message::{Kind, Request, refuse};
 use crate::machine::end::{End, EndReason, EndSender};
-use crate::virtio::SharedMemory;
 use crate::virtio::chain::Chain;
 use crate::virtio::queue::{QueueError, VirtQueue};
 
@@ -23,7 +22,6 @@ const HANG_UP: u64 = 3;
 pub struct Queues {
     /// Hiprio first: it is looked at first. `None` after the driver broke the ring.
     queues: [Mutex<Option<VirtQueue>>; 2],
-    memory: SharedMemory,
     epoll: Epoll,
     _stop: EventFd,
     stopping: AtomicBool,
@@ -62,11 +60,9 @@ impl Queues {
             let event = EpollEvent::new(EventSet::READ_HANG_UP, HANG_UP);
             epoll.ctl(ControlOperation::Add, socket.as_raw_fd(), event)?;
         }
-        let memory = request.memory().clone();
         let queues = [Mutex::new(Some(hiprio)), Mutex::new(Some(request))];
         Ok(Self {
             queues,
-            memory,
             epoll,
             _stop: stop,
             stopping: AtomicBool::new(false),
@@ -181,7 +177,7 @@ impl Worker {
             let result = self.serve(&chain);
             let written = match &result {
                 Ok(written) => *written,
-                Err(_) => refuse(&chain, &self.queues.memory, libc::EIO),
+                Err(_) => refuse(&chain, libc::EIO),
             };
             self.queues.finish(index, chain, written);
             if let Err(error) = result {
@@ -196,9 +192,9 @@ impl Worker {
     }
 
     fn serve(&self, chain: &Chain) -> io::Result<u32> {
-        let Some(request) = Request::parse(chain, &self.queues.memory) else {
+        let Some(request) = Request::parse(chain) else {
             tracing::debug!("refused a malformed FUSE request");
-            return Ok(refuse(chain, &self.queues.memory, libc::EINVAL));
+            return Ok(refuse(chain, libc::EINVAL));
         };
         match request.kind() {
             Kind::Dropped => Ok(0),
@@ -208,9 +204,7 @@ impl Worker {
             },
             Kind::Answered => match request.send(&self.socket) {
                 Ok(()) => request.receive(&self.socket),
-                Err(error) if is_short_of_memory(&error) => {
-                    Ok(refuse(chain, &self.queues.memory, libc::ENOMEM))
-                }
+                Err(error) if is_short_of_memory(&error) => Ok(refuse(chain, libc::ENOMEM)),
                 Err(error) => Err(error),
             },
         }

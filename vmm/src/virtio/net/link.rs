@@ -204,7 +204,6 @@ fn discard(queue: &mut VirtQueue) -> Result<(), QueueError> {
 
 /// A handful of messages in a guest's life.
 fn serve_control(queue: &mut VirtQueue, queuing: &Mutex<Queuing>) -> Result<(), QueueError> {
-    let memory = queue.memory().clone();
     for _ in 0..limits::REQUESTS_AT_ONCE {
         let Some(chain) = queue.pop()? else {
             if queue.enable_kicks()? {
@@ -213,7 +212,7 @@ fn serve_control(queue: &mut VirtQueue, queuing: &Mutex<Queuing>) -> Result<(), 
             return queue.notify();
         };
         let mut message = [0; 4];
-        let got = chain.reader(&memory).read_exact(&mut message);
+        let got = chain.reader().read_exact(&mut message);
         let before = lock(queuing).enabled;
         let answer = match (got, message) {
             (Ok(()), [class, command, low, high]) if [class, command] == PAIRS_SET => {
@@ -221,7 +220,7 @@ fn serve_control(queue: &mut VirtQueue, queuing: &Mutex<Queuing>) -> Result<(), 
             }
             _ => ERR,
         };
-        let written = chain.writer(&memory).write_all(&[answer]);
+        let written = chain.writer().write_all(&[answer]);
         queue.push(chain, u32::from(written.is_ok()))?;
         if lock(queuing).enabled != before {
             // A change takes a lock that the whole host's network shares: a guest must not hold it all the time.

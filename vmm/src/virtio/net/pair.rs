@@ -102,7 +102,7 @@ impl Pair {
                 break;
             };
             done += 1;
-            self.send(&chain, queue);
+            self.send(&chain);
             queue.push(chain, 0)?;
         }
         if done == limits::NET_FRAMES_AT_ONCE {
@@ -115,13 +115,13 @@ impl Pair {
     }
 
     /// One frame of the guest; what cannot be sent is dropped, as on any network.
-    fn send(&mut self, chain: &Chain, queue: &VirtQueue) {
+    fn send(&mut self, chain: &Chain) {
         let len = chain.readable_len();
         let fits = len >= HEADER + ETHERNET;
         let Some(frame) = self.sent.get_mut(..len).filter(|_| fits) else {
             return self.drop_frame(&"too short or too long");
         };
-        if let Err(error) = chain.reader(queue.memory()).read_exact(frame) {
+        if let Err(error) = chain.reader().read_exact(frame) {
             return self.drop_frame(&error);
         }
         if frame.get(HEADER + 6..HEADER + 12) != Some(&self.mac) {
@@ -224,7 +224,7 @@ impl Pair {
             let (part, after) = rest.split_at(rest.len().min(chain.writable_len()));
             rest = after;
             // Checked when popped: it fails for no reason of the guest's.
-            if chain.writer(queue.memory()).write_all(part).is_err() {
+            if chain.writer().write_all(part).is_err() {
                 tracing::warn!("cannot write a frame into guest memory");
             }
             filled.push((chain, part.len() as u32));

@@ -9,6 +9,7 @@ use super::bucket::Rates;
 use super::link::Running;
 use super::vhost::{Vhost, VhostError};
 use super::{Mac, Rate, Tap, TapError};
+use crate::virtio::SharedMemory;
 
 /// Why a slot is not as asked for.
 #[derive(Debug, thiserror::Error)]
@@ -166,6 +167,20 @@ impl Slot {
             running.start(&self.id, None)?;
         }
         tracing::info!(slot = self.id, "network slot emptied");
+        Ok(())
+    }
+
+    /// The machine has more memory: whoever serves the queues for us is told. One that is started later reads the map
+    /// itself; the slot's lock orders the two.
+    pub fn memory_grew(&self, memory: &SharedMemory) -> Result<(), NetError> {
+        let mut state = self.state();
+        if state.running.is_none() {
+            return Ok(());
+        }
+        let vhosts = state.link.iter_mut().flat_map(|link| &mut link.vhosts);
+        for vhost in vhosts {
+            vhost.set_memory(memory.clone())?;
+        }
         Ok(())
     }
 

@@ -50,7 +50,7 @@ fn step(what: &'static str) -> impl FnOnce(vhost::Error) -> VhostError {
 /// An open `/dev/vhost-net`: one pair of queues.
 pub struct Vhost {
     file: File,
-    /// Of the machine, once started.
+    /// Of the machine, once it was told.
     memory: SharedMemory,
     /// How many rings have their index from us, and must give it back.
     given: usize,
@@ -76,21 +76,9 @@ impl Vhost {
 
     /// Serves the rings with `tap` from now on.
     pub fn start(&mut self, rings: &Rings, tap: &Tap, features: u64) -> Result<(), VhostError> {
-        self.memory = rings.receive.memory().clone();
         self.set_features(features & FEATURES)
             .map_err(step("take the features"))?;
-        let regions: Vec<_> = self
-            .memory
-            .iter()
-            .map(|region| VhostUserMemoryRegionInfo {
-                guest_phys_addr: region.start_addr().raw_value(),
-                memory_size: region.len(),
-                userspace_addr: region.as_ptr() as u64,
-                ..Default::default()
-            })
-            .collect();
-        self.set_mem_table(&regions)
-            .map_err(step("take guest memory"))?;
+        self.set_memory(rings.receive.memory())?;
         let queues = [&rings.receive, &rings.transmit];
         for (index, queue) in queues.iter().enumerate() {
             self.give(index, queue)?;
@@ -101,6 +89,14 @@ impl Vhost {
         }
         // A kick that we have read may have been for it.
         queues.iter().for_each(|queue| queue.serve_again());
+        Ok(())
+    }
+
+    /// Works on this map from now on, also while it serves: what is under way ends on the map before.
+    pub fn set_memory(&mut self, memory: SharedMemory) -> Result<(), VhostError> {
+        self.set_mem_table(&table(&memory))
+            .map_err(step("take guest memory"))?;
+        self.memory = memory;
         Ok(())
     }
 
@@ -169,6 +165,19 @@ impl Vhost {
     }
 }
 
+/// What the kernel is told of guest memory.
+fn table(memory: &GuestMemoryMmap) -> Vec<VhostUserMemoryRegionInfo> {
+    memory
+        .iter()
+        .map(|region| VhostUserMemoryRegionInfo {
+            guest_phys_addr: region.start_addr().raw_value(),
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+            ..Default::default()
+        })
+        .collect()
+}
+
 impl AsRawFd for Vhost {
     fn as_raw_fd(&self) -> RawFd {
         self.file.as_raw_fd()
@@ -180,5 +189,27 @@ impl VhostKernBackend for Vhost {
 
     fn mem(&self) -> &SharedMemory {
         &self.memory
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestAddress;
+
+    use super::*;
+
+    #[test]
+    fn the_table_names_every_region_of_the_map() {
+        let ranges = [(GuestAddress(0), 0x10000), (GuestAddress(4 << 30), 0x20000)];
+        let memory = GuestMemoryMmap::from_ranges(&ranges).unwrap();
+        let table = table(&memory);
+        let plain: Vec<_> = table
+            .iter()
+            .map(|region| (region.guest_phys_addr, region.memory_size))
+            .collect();
+        assert_eq!(plain, [(0, 0x10000), (4 << 30, 0x20000)]);
+        for (region, mapped) in table.iter().zip(memory.iter()) {
+            assert_eq!(region.userspace_addr, mapped.as_ptr() as u64);
+        }
     }
 }

@@ -59,7 +59,6 @@ impl VirtioDevice for Rng {
 }
 
 fn serve(queue: &mut VirtQueue, budget: &mut Budget) -> Result<(), QueueError> {
-    let memory = queue.memory().clone();
     let mut done = 0;
     while done < limits::REQUESTS_AT_ONCE {
         let Some(chain) = queue.pop()? else {
@@ -72,14 +71,13 @@ fn serve(queue: &mut VirtQueue, budget: &mut Budget) -> Result<(), QueueError> {
         let wanted = chain.writable_len().min(limits::RNG_REQUEST_BYTES);
         let mut bytes = vec![0; wanted];
         budget.spend(wanted);
-        let written =
-            match random(&mut bytes).and_then(|()| chain.writer(&memory).write_all(&bytes)) {
-                Ok(()) => wanted as u32,
-                Err(error) => {
-                    tracing::warn!(%error, "no random bytes for the guest");
-                    0
-                }
-            };
+        let written = match random(&mut bytes).and_then(|()| chain.writer().write_all(&bytes)) {
+            Ok(()) => wanted as u32,
+            Err(error) => {
+                tracing::warn!(%error, "no random bytes for the guest");
+                0
+            }
+        };
         queue.push(chain, written)?;
         queue.notify()?;
     }
@@ -150,7 +148,6 @@ mod tests {
         }
         let mut rng = Rng::default();
         rng.activate(Activation {
-            memory,
             features: 0,
             queues: vec![Some(queue)],
             interrupt,
@@ -173,7 +170,6 @@ mod tests {
         driver.offer_chain(2, &[(0x40_0000, 64, false)]);
         let mut rng = Rng::default();
         rng.activate(Activation {
-            memory: memory.clone(),
             features: 0,
             queues: vec![Some(queue)],
             interrupt: interrupt.clone(),

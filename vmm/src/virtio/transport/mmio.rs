@@ -20,14 +20,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use virtio_queue::{Queue, QueueT};
-use vm_memory::GuestAddress;
+use vm_memory::{GuestAddress, GuestAddressSpace};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::bus::BusDevice;
 use crate::limits;
 use crate::virtio::queue::VirtQueue;
 use crate::virtio::{
-    Activation, COMMON_FEATURES, F_EVENT_IDX, F_VERSION_1, Interrupt, SharedMemory, VirtioDevice,
+    Activation, COMMON_FEATURES, F_EVENT_IDX, F_VERSION_1, GrowingMemory, Interrupt, VirtioDevice,
 };
 
 const ACKNOWLEDGE: u32 = 1;
@@ -128,7 +128,7 @@ struct QueueSetup {
 /// One device's page of registers.
 pub struct MmioTransport {
     device: Box<dyn VirtioDevice>,
-    memory: SharedMemory,
+    memory: GrowingMemory,
     interrupt: Arc<MmioInterrupt>,
     kicks: Vec<EventFd>,
     offered: u64,
@@ -148,7 +148,7 @@ impl MmioTransport {
     pub const QUEUE_NOTIFY: u64 = register::QUEUE_NOTIFY;
 
     /// Carries `device`.
-    pub fn new(device: Box<dyn VirtioDevice>, memory: SharedMemory) -> io::Result<Self> {
+    pub fn new(device: Box<dyn VirtioDevice>, memory: GrowingMemory) -> io::Result<Self> {
         let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
         let count = device.queue_sizes().len();
         Ok(Self {
@@ -352,7 +352,6 @@ impl MmioTransport {
             }
         };
         let activation = Activation {
-            memory: self.memory.clone(),
             features: self.accepted,
             queues,
             interrupt: self.interrupt.clone(),
@@ -404,7 +403,7 @@ impl MmioTransport {
             .ok()?;
         queue.set_event_idx(self.accepted & F_EVENT_IDX != 0);
         queue.set_ready(true);
-        queue.is_valid(&*self.memory).then_some(queue)
+        queue.is_valid(&*self.memory.memory()).then_some(queue)
     }
 
     fn needs_reset(&mut self) {

@@ -61,7 +61,7 @@ impl VirtioDevice for Probe {
 fn transport() -> (MmioTransport, Arc<Mutex<Seen>>) {
     let seen = Arc::new(Mutex::new(Seen::default()));
     let device = Box::new(Probe(seen.clone()));
-    (MmioTransport::new(device, memory()).unwrap(), seen)
+    (MmioTransport::new(device, memory().into()).unwrap(), seen)
 }
 
 fn read(transport: &mut MmioTransport, offset: u64) -> u32 {

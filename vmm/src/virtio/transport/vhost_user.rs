@@ -213,7 +213,7 @@ impl Backend {
                     Some(VirtQueue::new(
                         index,
                         queue,
-                        memory.clone(),
+                        memory.clone().into(),
                         kick,
                         interrupt.clone(),
                     ))
@@ -222,7 +222,6 @@ impl Backend {
             });
         }
         let activation = Activation {
-            memory,
             features: self.features,
             queues,
             interrupt,

@@ -8,8 +8,6 @@ use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 
-use vm_memory::GuestMemoryMmap;
-
 use super::packet::HEADER_LEN;
 use crate::virtio::chain::Chain;
 
@@ -32,18 +30,16 @@ pub trait Sink {
 /// The data of a packet in a chain of the transmit queue.
 pub struct TxData<'a> {
     chain: &'a Chain,
-    memory: &'a GuestMemoryMmap,
     skip: usize,
     len: usize,
 }
 
 impl<'a> TxData<'a> {
     /// `None` if the chain holds fewer than `len` bytes after the header.
-    pub fn new(chain: &'a Chain, memory: &'a GuestMemoryMmap, len: usize) -> Option<Self> {
+    pub fn new(chain: &'a Chain, len: usize) -> Option<Self> {
         let room = chain.readable_len().checked_sub(HEADER_LEN)?;
         (len <= room).then_some(Self {
             chain,
-            memory,
             skip: HEADER_LEN,
             len,
         })
@@ -56,9 +52,9 @@ impl Source for TxData<'_> {
     }
 
     fn send(&mut self, stream: &UnixStream) -> io::Result<usize> {
-        let mut vectors = self.chain.readable_iovecs(self.memory, self.skip, self.len);
+        let mut vectors = self.chain.readable_iovecs(self.skip, self.len);
         let message = message(&mut vectors);
-        // SAFETY: the vectors lie in guest memory, which `self.memory` keeps mapped; sendmsg only reads them.
+        // SAFETY: the vectors lie in guest memory, which `self.chain` keeps mapped; sendmsg only reads them.
         let sent = unsafe {
             libc::sendmsg(
                 stream.as_raw_fd(),
@@ -73,7 +69,7 @@ impl Source for TxData<'_> {
     }
 
     fn copy_to(&mut self, buffer: &mut VecDeque<u8>) -> io::Result<()> {
-        let mut reader = self.chain.reader(self.memory);
+        let mut reader = self.chain.reader();
         io::copy(&mut (&mut reader).take(self.skip as u64), &mut io::sink())?;
         let copied = io::copy(&mut reader.take(self.len as u64), buffer)?;
         debug_assert_eq!(copied, self.len as u64);
@@ -86,30 +82,29 @@ impl Source for TxData<'_> {
 /// The room after the header in a chain of the receive queue.
 pub struct RxRoom<'a> {
     chain: &'a Chain,
-    memory: &'a GuestMemoryMmap,
 }
 
 impl<'a> RxRoom<'a> {
     /// `None` if not even a header fits.
-    pub fn new(chain: &'a Chain, memory: &'a GuestMemoryMmap) -> Option<Self> {
-        (chain.writable_len() >= HEADER_LEN).then_some(Self { chain, memory })
+    pub fn new(chain: &'a Chain) -> Option<Self> {
+        (chain.writable_len() >= HEADER_LEN).then_some(Self { chain })
     }
 
     /// Writes the header before the data.
     pub fn write_header(&self, header: &[u8; HEADER_LEN]) -> io::Result<()> {
-        self.chain.writer(self.memory).write_all(header)
+        self.chain.writer().write_all(header)
     }
 }
 
 impl Sink for RxRoom<'_> {
     fn receive(&mut self, stream: &UnixStream, max: usize) -> io::Result<usize> {
-        let mut vectors = self.chain.writable_iovecs(self.memory, HEADER_LEN, max);
+        let mut vectors = self.chain.writable_iovecs(HEADER_LEN, max);
         if vectors.is_empty() {
             // Would look like end of file.
             return Err(io::ErrorKind::WouldBlock.into());
         }
         let mut message = message(&mut vectors);
-        // SAFETY: the vectors lie in guest memory, which `self.memory` keeps mapped, and no Rust reference to
+        // SAFETY: the vectors lie in guest memory, which `self.chain` keeps mapped, and no Rust reference to
         // that memory exists.
         let received =
             unsafe { libc::recvmsg(stream.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) };

@@ -61,7 +61,6 @@ impl Bench {
         let queues = vec![Some(rx_device), Some(tx_device), None];
         device
             .activate(Activation {
-                memory: memory.clone(),
                 features: 0,
                 queues,
                 interrupt,

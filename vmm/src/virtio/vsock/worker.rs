@@ -129,11 +129,10 @@ impl Worker {
                 }
                 return Ok(false);
             };
-            let memory = self.tx.memory().clone();
             let mut header = [0; HEADER_LEN];
-            if chain.reader(&memory).read_exact(&mut header).is_ok() {
+            if chain.reader().read_exact(&mut header).is_ok() {
                 self.muxer
-                    .take_packet(&header, |len| TxData::new(&chain, &memory, len));
+                    .take_packet(&header, |len| TxData::new(&chain, len));
             }
             self.tx.push(chain, 0)?;
             done += 1;
@@ -153,8 +152,7 @@ impl Worker {
                 }
                 break;
             };
-            let memory = self.rx.memory().clone();
-            let Some(mut room) = RxRoom::new(&chain, &memory) else {
+            let Some(mut room) = RxRoom::new(&chain) else {
                 self.rx.push(chain, 0)?;
                 done += 1;
                 continue;

@@ -239,7 +239,6 @@ fn nonsense_on_the_control_queue_is_answered_with_an_error_and_changes_nothing()
     let queues = vec![pair(0), pair(1), pair(2), pair(3), Some(queue)];
     let features = feature::CTRL_VQ | feature::MQ;
     let activation = Activation {
-        memory: memory.clone(),
         features,
         queues,
         interrupt,

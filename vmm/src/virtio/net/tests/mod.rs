@@ -145,7 +145,6 @@ fn pairs_of_queues_are_turned_on_by_the_control_queue() {
     }
     device
         .activate(Activation {
-            memory: memory.clone(),
             features: feature::CTRL_VQ | feature::MQ,
             queues,
             interrupt,

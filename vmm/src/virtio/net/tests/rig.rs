@@ -232,7 +232,6 @@ fn activate(
     let (transmit, t) = DriverQueue::new(memory, 1, 0x30000, 256, interrupt.clone());
     device
         .activate(Activation {
-            memory: memory.clone(),
             features,
             queues: vec![Some(r), Some(t)],
             interrupt: interrupt.clone(),

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use super::*;
 
@@ -69,6 +70,24 @@ fn the_kernel_stops_at_a_reset_and_serves_the_new_rings() {
     rig.send(9, &arp(1, GUEST));
     std::thread::sleep(Duration::from_millis(100));
     assert!(!rig.received(Duration::from_millis(100), |_| true));
+    rig.slot.detach().unwrap();
+}
+
+#[test]
+fn the_kernel_goes_on_when_the_machine_grows() {
+    let features = crate::virtio::F_VERSION_1;
+    let mut rig = Rig::empty(features);
+    let Some(attachment) = with_vhost() else {
+        return;
+    };
+    rig.slot.attach(attachment).unwrap();
+    rig.offer_buffers(250, 2048);
+    assert!(rig.is_answered(0));
+    let address = vm_memory::GuestAddress(4 << 30);
+    let more = vm_memory::GuestRegionMmap::from_range(address, 1 << 20, None).unwrap();
+    let larger = rig.memory.insert_region(Arc::new(more)).unwrap();
+    rig.slot.memory_grew(&Arc::new(larger)).unwrap();
+    assert!(rig.is_answered(2));
     rig.slot.detach().unwrap();
 }
 
