@@ -22,6 +22,7 @@ mod limits;
 mod network;
 mod pods;
 mod process;
+mod size;
 mod stdio;
 mod survival;
 mod view;
@@ -117,6 +118,7 @@ fn all() -> Vec<Test> {
         images::TESTS,
         lifecycle::TESTS,
         pods::TESTS,
+        size::TESTS,
         bad_input::TESTS,
         crashes::TESTS,
         survival::TESTS,
