@@ -31,7 +31,7 @@ use crate::{
         hooks::Identity,
         ids::Ids,
         launch::Prepared,
-        namespaces, parse, process, rootfs,
+        namespaces, parse, pause, process, rootfs,
     },
     error::{Context, Error, Result},
     network::PodNetwork,
@@ -108,9 +108,15 @@ impl Pod {
         }
         let spec: Spec = parse::parse("spec", &request.spec)?;
         check::check(&spec)?;
-        let rootfs = rootfs::Rootfs::parse(&request.rootfs)?;
+        let rootfs = match request.pause {
+            true => rootfs::Rootfs::parse_of_pause(&request.rootfs)?,
+            false => rootfs::Rootfs::parse(&request.rootfs)?,
+        };
         let flags = flags(&request.stdio);
         check_terminal(spec.process().as_ref(), flags)?;
+        if request.pause {
+            pause::check(&spec, flags.terminal)?;
+        }
         {
             let mut containers = lock(&self.containers);
             if containers.contains_key(&name) {
@@ -125,7 +131,9 @@ impl Pod {
             id: name.clone(),
             bundle: request.bundle,
         };
-        let made = self.make(identity, spec, rootfs, flags).await;
+        let made = self
+            .make(identity, spec, rootfs, flags, request.pause)
+            .await;
         let mut containers = lock(&self.containers);
         match made {
             Ok((container, pid)) => {
@@ -145,6 +153,7 @@ impl Pod {
         mut spec: Spec,
         rootfs: rootfs::Rootfs,
         flags: Flags,
+        pause: bool,
     ) -> Result<(Container, u32)> {
         let own_network = self.network.is_unused() && namespaces::own_network(&mut spec)?;
         let (joins, joined, ids) = self.open_joins(&spec)?;
@@ -162,6 +171,7 @@ impl Pod {
             spec: Box::new(spec),
             rootfs,
             terminal: flags.terminal,
+            pause,
             container: identity,
             shared: shared.clone(),
             joins,

@@ -27,6 +27,7 @@ use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, Vso
 use ttrpc::r#async::{Server, TtrpcContext, transport::Listener};
 
 use crate::{
+    boot::PODS,
     container::cgroup::Cgroup,
     error::Error,
     network::{forward::Forwarder, ports::Watcher},
@@ -239,7 +240,10 @@ impl Agent for Service {
     }
 
     async fn stats(&self, _: &TtrpcContext, request: ContainerRequest) -> Answer<StatsResponse> {
-        let path = answer(self.pod.cgroup_path(&request.container))?;
+        let path = match request.container.as_str() {
+            "" => PODS.into(),
+            container => answer(self.pod.cgroup_path(container))?,
+        };
         Ok(crate::stats::collect(&path))
     }
 

@@ -337,6 +337,41 @@ pub fn close_on_exec_from(first: u32) -> io::Result<()> {
     }
 }
 
+/// Closes every descriptor from `first` on, for a process that goes on without whoever owned them.
+pub fn close_from(first: u32) -> io::Result<()> {
+    // SAFETY: the only caller never returns and uses no descriptor from here on.
+    match unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Gives the process the name, and the command line, that its work has. It keeps its own where the kernel does not tell where that is.
+pub fn rename_process(line: &str) {
+    let name = line.rsplit('/').next().unwrap_or(line);
+    if let Ok(name) = CString::new(name) {
+        let _ = rustix::thread::set_name(&name);
+    }
+    // proc(5): fields 48 and 49, counted from the third after the name in brackets.
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let mut fields = stat.rsplit(')').next().unwrap_or("").split_whitespace();
+    let mut field = |skip| fields.nth(skip)?.parse::<usize>().ok();
+    let (Some(start), Some(end)) = (field(45), field(0)) else {
+        return;
+    };
+    let length = end.saturating_sub(start);
+    if start == 0 || line.len() >= length {
+        return;
+    }
+    // SAFETY: the kernel says that these bytes are this process's arguments; they are writable and at least `length`, and of this
+    // single-threaded process nothing reads them any more: what it parsed are copies.
+    unsafe {
+        let place = std::ptr::with_exposed_provenance_mut::<u8>(start);
+        std::ptr::write_bytes(place, 0, length);
+        std::ptr::copy_nonoverlapping(line.as_ptr(), place, line.len());
+    }
+}
+
 /// Takes a descriptor over that was inherited under a number on the command line.
 pub fn inherited_fd(number: i32) -> io::Result<OwnedFd> {
     // SAFETY: F_GETFD touches no memory; it tells whether the number is open at all.

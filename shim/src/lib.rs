@@ -16,6 +16,7 @@ pub mod logging;
 pub mod mounts;
 pub mod refusal;
 pub mod sandbox;
+pub mod sandbox_api;
 pub mod spec;
 pub mod stdio;
 pub mod task;

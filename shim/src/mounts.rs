@@ -158,6 +158,8 @@ impl Planner<'_> {
 
     fn rootfs(&mut self, mounts: &[Mount], spec: &Spec) -> Result<Rootfs, Error> {
         match mounts {
+            // The agent holds it without any file.
+            [] if spec.is_pause() => Ok(Rootfs::new()),
             [] => self.bundle_rootfs(spec),
             [mount] if !mount.target.is_empty() => Err(unsupported(
                 "rootfs",

@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 use crate::limits;
 use crate::machine::end::{End, EndReason, EndSender};
 use crate::machine::{Machine, MachineError};
+use crate::pids::{PidError, Pids};
 use crate::virtio::net::{Attachment, Mac, Rate};
 
 /// Why the socket cannot be served.
@@ -43,6 +44,8 @@ enum RequestError {
     Vhosts { vhosts: usize, sent: usize },
     #[error(transparent)]
     Machine(#[from] MachineError),
+    #[error(transparent)]
+    Pid(#[from] PidError),
 }
 
 #[derive(Deserialize)]
@@ -70,6 +73,10 @@ enum Request {
     Grow {
         vcpus: u32,
         memory_mib: u32,
+    },
+    AddPid {},
+    RemovePid {
+        pid: u32,
     },
 }
 
@@ -108,6 +115,7 @@ impl Control {
 
 fn run(listener: &UnixListener, machine: &Machine, end: &EndSender) {
     let mut clients: Vec<Client> = Vec::new();
+    let mut pids = Pids::default();
     loop {
         let full = clients.len() >= limits::CONTROL_CONNECTIONS;
         let mut fds: Vec<libc::pollfd> = clients.iter().map(|c| poll_in(&c.stream)).collect();
@@ -121,7 +129,7 @@ fn run(listener: &UnixListener, machine: &Machine, end: &EndSender) {
         }
         let mut events = fds.iter().map(|fd| fd.revents != 0);
         clients.retain_mut(|client| {
-            !events.next().unwrap_or(false) || client.serve(machine, end).is_ok()
+            !events.next().unwrap_or(false) || client.serve(machine, &mut pids, end).is_ok()
         });
         if !full
             && events.next().unwrap_or(false)
@@ -160,7 +168,7 @@ impl Client {
     }
 
     /// Takes what came; an error means that the connection is over.
-    fn serve(&mut self, machine: &Machine, end: &EndSender) -> io::Result<()> {
+    fn serve(&mut self, machine: &Machine, pids: &mut Pids, end: &EndSender) -> io::Result<()> {
         let mut buffer = [0; 1024];
         let (len, descriptors) = self.receive(&mut buffer)?;
         if len == 0 {
@@ -181,7 +189,7 @@ impl Client {
             }
             let line = std::mem::take(&mut self.line);
             let descriptors = std::mem::take(&mut self.descriptors);
-            let (answer, last) = match request(&line, descriptors, machine) {
+            let (answer, last) = match request(&line, descriptors, machine, pids) {
                 Ok(Some(value)) => (Answer::Ok(value), false),
                 Ok(None) => (Answer::Ok(json!({})), true),
                 Err(error) => {
@@ -232,6 +240,7 @@ fn request(
     line: &[u8],
     mut descriptors: Vec<OwnedFd>,
     machine: &Machine,
+    pids: &mut Pids,
 ) -> Result<Option<Value>, RequestError> {
     let sent = descriptors.len();
     match serde_json::from_slice(line).map_err(RequestError::Parse)? {
@@ -269,6 +278,8 @@ fn request(
             let grown = machine.grow(vcpus, memory_mib)?;
             return Ok(Some(serde_json::to_value(grown).unwrap_or_default()));
         }
+        Request::AddPid {} => return Ok(Some(json!({ "pid": pids.add()? }))),
+        Request::RemovePid { pid } => pids.remove(pid)?,
     }
     Ok(Some(json!({})))
 }
@@ -294,6 +305,8 @@ mod tests {
             r#"{"op":"attach-net","slot":"n0","mac":"02:00:00:00:00:01","vhost":8,"rate":{"frames":1}}"#,
             r#"{"op":"detach-net","slot":"n0"}"#,
             r#"{"op":"grow","vcpus":2,"memory_mib":1024}"#,
+            r#"{"op":"add-pid"}"#,
+            r#"{"op":"remove-pid","pid":7}"#,
         ] {
             assert!(parse(good).is_ok(), "{good}");
         }
@@ -304,6 +317,7 @@ mod tests {
             r#"{"op":"halt"}"#,
             r#"{"op":"attach"}"#,
             r#"{"op":"attach-net","slot":"n0"}"#,
+            r#"{"op":"remove-pid","pid":-1}"#,
             r#"{"op":"attach-net","slot":"n0","mac":"03:00:00:00:00:01"}"#,
             r#"{"op":"attach-net","slot":"n0","mac":"02:00:00:00:00:01","vhost":-1}"#,
             r#"{"op":"attach-net","slot":"n0","mac":"02:00:00:00:00:01","rate":{"bits":1}}"#,

@@ -10,5 +10,6 @@ pub mod i8042;
 pub mod limits;
 pub mod log;
 pub mod machine;
+pub mod pids;
 pub mod serial;
 pub mod virtio;

@@ -36,6 +36,9 @@ pub const CONTROL_LINE_BYTES: usize = 4 << 10;
 /// How long vCPUs may take to stop for a pause. One that resets a device waits until that has finished its requests.
 pub const PAUSE_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(5);
 
+/// Most pids on the host for a pod's containers.
+pub const PIDS: usize = 256;
+
 /// Most connections to the control socket at once.
 pub const CONTROL_CONNECTIONS: usize = 8;
 

@@ -33,6 +33,8 @@ pub enum Work {
         rootfs: Rootfs,
         /// Whether the process gets a terminal.
         terminal: bool,
+        /// Whether the process stays as the pod's pause, without a program.
+        pause: bool,
         /// What the hooks are told.
         container: Identity,
         /// What execs will share.

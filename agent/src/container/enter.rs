@@ -22,7 +22,7 @@ use super::{
     control::{Report, Shared, Work, send},
     devices,
     hooks::{self, Identity},
-    masks, mounts, namespaces, options, process, rootfs, seccomp,
+    masks, mounts, namespaces, options, pause, process, rootfs, seccomp,
     sources::Sources,
     tty::{Pty, own_root},
 };
@@ -164,10 +164,11 @@ fn become_process(child: Child<'_>, work: &Work) -> ! {
         Work::Create {
             spec,
             terminal,
+            pause,
             container,
             shared,
             ..
-        } => create(child, spec, container, shared, *terminal),
+        } => create(child, spec, container, shared, (*terminal, *pause)),
         Work::Exec {
             process,
             shared,
@@ -182,6 +183,14 @@ fn become_process(child: Child<'_>, work: &Work) -> ! {
     std::process::exit(code)
 }
 
+/// What the process becomes.
+enum Program {
+    /// What its arguments name.
+    Args,
+    /// The pod's pause.
+    Pause,
+}
+
 /// Why the process did not become its program, and its exit code.
 type Failed = (Error, i32);
 
@@ -190,7 +199,7 @@ fn create(
     spec: &Spec,
     container: &Identity,
     shared: &Shared,
-    terminal: bool,
+    (terminal, pause): (bool, bool),
 ) -> Result<Failed> {
     let (Some(process), Some(linux)) = (spec.process(), spec.linux()) else {
         return Err(Error::field("process", "is missing"));
@@ -236,7 +245,11 @@ fn create(
     }
     pivot(root, linux.rootfs_propagation().as_deref())?;
     let hooks = || hooks::start_container(spec, container);
-    finish(child.control, process, pty, shared, &hooks)
+    let program = match pause {
+        true => Program::Pause,
+        false => Program::Args,
+    };
+    finish(child.control, process, (pty, program), shared, &hooks)
 }
 
 fn exec(child: Child<'_>, process: &Process, shared: &Shared, terminal: bool) -> Result<Failed> {
@@ -253,6 +266,7 @@ fn exec(child: Child<'_>, process: &Process, shared: &Shared, terminal: bool) ->
         false => None,
     };
     drop(child.init);
+    let pty = (pty, Program::Args);
     finish(child.control, process, pty, shared, &|| Ok(()))
 }
 
@@ -298,7 +312,7 @@ fn pivot(root: BorrowedFd<'_>, propagation: Option<&str>) -> Result<()> {
 fn finish(
     control: &OwnedFd,
     process: &Process,
-    pty: Option<Pty>,
+    (pty, program): (Option<Pty>, Program),
     shared: &Shared,
     hooks: &dyn Fn() -> Result<()>,
 ) -> Result<Failed> {
@@ -328,8 +342,13 @@ fn finish(
     }
     let env = process::environment(process);
     let name = process.args().as_ref().and_then(|args| args.first());
-    let path = process::find_executable(name.map_or("", String::as_str), &env)?;
-    let path_c = process::c_string(path.as_os_str())?;
+    let path_c = match program {
+        Program::Args => {
+            let path = process::find_executable(name.map_or("", String::as_str), &env)?;
+            Some(process::c_string(path.as_os_str())?)
+        }
+        Program::Pause => None,
+    };
     let strings = |list: &[String]| -> Result<Vec<_>> {
         list.iter()
             .map(|text| process::c_string(text.as_ref()))
@@ -350,6 +369,9 @@ fn finish(
     if let (Some(profile), true) = (seccomp, no_new_privileges) {
         seccomp::load(profile)?;
     }
+    let Some(path_c) = path_c else {
+        pause::hold();
+    };
     let error = sys::execve(&path_c, &args_c, &env_c);
     let code = match error.raw_os_error() {
         Some(libc::ENOENT) => NOT_FOUND,

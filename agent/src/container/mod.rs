@@ -23,6 +23,7 @@ pub mod namespaces;
 pub mod options;
 pub mod parse;
 pub mod path;
+pub mod pause;
 pub mod process;
 pub mod rootfs;
 pub mod seccomp;

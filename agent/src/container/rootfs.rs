@@ -31,6 +31,8 @@ pub enum Rootfs {
         /// Checked overlay options.
         options: Vec<(String, Option<String>)>,
     },
+    /// An empty folder.
+    Empty,
     /// Bind of one tree.
     Bind {
         /// Tree-relative path.
@@ -41,6 +43,14 @@ pub enum Rootfs {
 }
 
 impl Rootfs {
+    /// Checks the rootfs of a pause, which may have none.
+    pub fn parse_of_pause(request: &bulkhead_protocol::agent::Rootfs) -> Result<Self> {
+        match request.lower.is_empty() && request.bind.is_empty() && request.upper.is_empty() {
+            true => Ok(Self::Empty),
+            false => Self::parse(request),
+        }
+    }
+
     /// Checks the request.
     pub fn parse(request: &bulkhead_protocol::agent::Rootfs) -> Result<Self> {
         for (field, path) in request
@@ -94,6 +104,7 @@ impl Rootfs {
                 upper,
                 options,
             } => overlay(trees, lower, upper.as_ref(), options),
+            Self::Empty => empty(),
             Self::Bind { tree, readonly } => bind(trees, tree, *readonly),
         }
     }
@@ -216,6 +227,18 @@ fn set_folder(trees: BorrowedFd<'_>, context: &OwnedFd, key: &str, layer: &str) 
         .step(|| format!("open tree {layer}"))?;
     rustix::mount::fsconfig_set_string(context, key, format!("{TREES}/{layer}"))
         .map_err(|error| fs_error(context, format!("overlay {key} {layer}"), error))
+}
+
+fn empty() -> Result<OwnedFd> {
+    let what = || "mount an empty rootfs".to_string();
+    let context = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).step(what)?;
+    rustix::mount::fsconfig_create(&context).step(what)?;
+    rustix::mount::fsmount(
+        &context,
+        FsMountFlags::FSMOUNT_CLOEXEC,
+        MountAttrFlags::empty(),
+    )
+    .step(what)
 }
 
 fn bind(trees: BorrowedFd<'_>, tree: &str, readonly: bool) -> Result<OwnedFd> {

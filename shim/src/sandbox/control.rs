@@ -58,6 +58,16 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// An answer that lacks what it must have.
+    pub fn no_answer(peer: &str, op: &str) -> Self {
+        Self::Answer {
+            peer: peer.into(),
+            op: op.into(),
+        }
+    }
+}
+
 /// A client; requests go one after another over one connection. Cheap to clone.
 #[derive(Clone)]
 pub struct Client {
@@ -149,6 +159,11 @@ pub fn add_tree(id: &str, readonly: bool, shared: bool) -> Value {
 /// `{"op":"remove",…}`.
 pub fn remove_tree(id: &str) -> Value {
     json!({ "op": "remove", "id": id })
+}
+
+/// `{"op":"remove-pid",…}`.
+pub fn remove_pid(pid: u32) -> Value {
+    json!({ "op": "remove-pid", "pid": pid })
 }
 
 /// A request without arguments.

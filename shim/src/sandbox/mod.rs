@@ -246,9 +246,29 @@ impl Pod {
         &self.dir
     }
 
-    /// Pid of the VMM on the host: what the pod's containers show as their pid.
+    /// Pid of the VMM on the host: what the pod's first container shows as its pid.
     pub fn pid(&self) -> u32 {
         self.vmm.pid.unsigned_abs()
+    }
+
+    /// A pid on the host for a further container: in the pod's network namespace, and there until it is taken back or the machine ends.
+    pub async fn add_pid(&self) -> Result<u32, Error> {
+        let request = control::op("add-pid");
+        let answer = self.control.request(request, Vec::new()).await?;
+        let pid = answer.get("pid").and_then(serde_json::Value::as_u64);
+        pid.and_then(|pid| u32::try_from(pid).ok())
+            .ok_or_else(|| control::Error::no_answer("control.sock", "add-pid").into())
+    }
+
+    /// Takes a pid back.
+    pub async fn remove_pid(&self, pid: u32) {
+        if pid == self.pid() || self.end().is_some() {
+            return;
+        }
+        let request = control::remove_pid(pid);
+        if let Err(error) = self.control.request(request, Vec::new()).await {
+            tracing::warn!(pid, %error, "a container's pid stays until the pod ends");
+        }
     }
 
     /// vCPUs and memory of its machine now.

@@ -37,12 +37,25 @@ pub use translate::{Cpus, Guest};
 /// Annotation of containerd's CRI plugin: the pod a container belongs to.
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 
+/// Another of them: `sandbox` for a pod's pause container.
+const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
+/// The program of a pause image, alone.
+const PAUSE: &str = "/pause";
+
 /// Why a spec is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file cannot be read.
     #[error("reading {path}: {source}")]
     Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The file cannot be written.
+    #[error("writing {path}: {source}")]
+    Write {
         /// The file.
         path: PathBuf,
         /// Why.
@@ -120,6 +133,14 @@ impl Spec {
         process.and_then(|p| p.args.first()).map_or("", |arg| arg)
     }
 
+    /// Whether it is the pause container of a pod, which the agent holds without running its program.
+    pub fn is_pause(&self) -> bool {
+        let kind = self.view.annotations.get(CONTAINER_TYPE);
+        let process = self.view.process.as_ref();
+        kind.is_some_and(|kind| kind == "sandbox")
+            && process.is_some_and(|p| p.args == [PAUSE] && !p.terminal)
+    }
+
     /// The hooks that run on the host.
     pub fn hooks(&self) -> &Hooks {
         &self.view.hooks
@@ -148,7 +169,8 @@ impl Spec {
     }
 }
 
-/// The pod that a container belongs to, when it is not a pod of its own. `config.json` is in `bundle`.
+/// The pod that a container belongs to, when it is not a pod of its own. `config.json` is in `bundle`; without one the bundle is that
+/// of a sandbox (`sandbox_api`).
 pub fn sandbox_of(bundle: &Path, id: &str) -> Result<Option<String>, Error> {
     #[derive(Default, Deserialize)]
     #[serde(default)]
@@ -156,7 +178,12 @@ pub fn sandbox_of(bundle: &Path, id: &str) -> Result<Option<String>, Error> {
         annotations: Option<BTreeMap<String, String>>,
     }
     let path = bundle.join("config.json");
-    let text = read(&path)?;
+    let text = match read(&path) {
+        Err(Error::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+            return Ok(None);
+        }
+        text => text?,
+    };
     let spec: Annotated =
         serde_json::from_slice(&text).map_err(|source| Error::Json { path, source })?;
     Ok(spec

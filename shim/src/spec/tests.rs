@@ -40,17 +40,18 @@ fn refusal(pointer: &str, value: Value) -> String {
     parse(&with(pointer, value)).unwrap_err().to_string()
 }
 
-const GUEST: Guest = Guest {
-    vcpus: 4,
-    host_pid: 1000,
-    init_pid: Some(52),
-    pod_network: true,
-};
+fn guest() -> Guest {
+    Guest {
+        vcpus: 4,
+        inits: [(1000, Some(52)), (1001, Some(60)), (1002, None)].into(),
+        pod_network: true,
+    }
+}
 
 /// What the agent gets.
 fn sent(spec: &Value) -> Value {
     let mut spec = parse(spec).unwrap();
-    spec.translate(GUEST).unwrap();
+    spec.translate(guest()).unwrap();
     serde_json::from_slice(&spec.to_json()).unwrap()
 }
 
@@ -67,7 +68,7 @@ fn fields_nobody_here_knows_reach_the_agent_and_the_network_path_becomes_the_gue
     let mut spec = parse(&own).unwrap();
     spec.translate(Guest {
         pod_network: false,
-        ..GUEST
+        ..guest()
     })
     .unwrap();
     assert!(spec.value["linux"]["namespaces"][0].get("path").is_none());
@@ -292,7 +293,7 @@ fn cpus_that_the_container_does_not_have_and_lists_that_are_none_are_refused() {
     spec["process"]["execCPUAffinity"] = json!({"initial":"0"});
     let text = parse(&spec)
         .unwrap()
-        .translate(GUEST)
+        .translate(guest())
         .unwrap_err()
         .to_string();
     assert!(
@@ -334,23 +335,24 @@ fn all_memory_nodes_of_the_host_are_the_guests_one() {
 }
 
 #[test]
-fn the_pid_that_containerd_knows_means_the_pods_first_container() {
+fn the_pid_that_containerd_knows_means_that_container_of_the_pod() {
     let namespaces = json!([{"type":"network","path":"/proc/1000/ns/net"},
         {"type":"ipc","path":"/proc/1000/ns/ipc"}, {"type":"uts","path":"/proc/77/ns/uts"},
-        {"type":"mount"}]);
+        {"type":"mount"}, {"type":"pid","path":"/proc/1001/ns/pid"}]);
     let spec = with("/linux/namespaces", namespaces);
     let sent = sent(&spec);
     assert_eq!(sent["linux"]["namespaces"][1]["path"], "/proc/52/ns/ipc");
     assert_eq!(sent["linux"]["namespaces"][2]["path"], "/proc/77/ns/uts");
-    let alone = Guest {
-        init_pid: None,
-        ..GUEST
-    };
+    assert_eq!(sent["linux"]["namespaces"][4]["path"], "/proc/60/ns/pid");
+    let spec = with(
+        "/linux/namespaces",
+        json!([{"type":"mount"}, {"type":"ipc","path":"/proc/1002/ns/ipc"}]),
+    );
     let mut spec = parse(&spec).unwrap();
     assert!(spec.joins());
-    let text = spec.translate(alone).unwrap_err().to_string();
+    let text = spec.translate(guest()).unwrap_err().to_string();
     assert!(
-        text.contains("linux.namespaces[ipc].path: the pod's first"),
+        text.contains("linux.namespaces[ipc].path: the container that it names"),
         "{text}"
     );
     assert!(!parse(&good()).unwrap().joins());

@@ -3,7 +3,7 @@
 //! The guest has vCPUs 0 to n-1 and memory node 0. A cpuset of N host CPUs becomes the guest's first N: how many CPUs a
 //! container may use is kept, which of the host's run them is the host's business.
 
-use std::fs;
+use std::{collections::HashMap, fs};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -29,14 +29,12 @@ const CPUS: &str = "linux.resources.cpu.cpus";
 const QUOTE_MAX: usize = 200;
 
 /// What a spec is translated for.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Guest {
     /// vCPUs of the machine.
     pub vcpus: u64,
-    /// Pid on the host that containerd knows the pod's processes by.
-    pub host_pid: u32,
-    /// Pid in the guest of the pod's first container, if it runs.
-    pub init_pid: Option<u32>,
+    /// By the pid on the host that containerd knows a container of the pod by, that of its init in the guest, if it runs.
+    pub inits: HashMap<u32, Option<u32>>,
     /// Whether the container is in the pod's network; else it gets an empty one.
     pub pod_network: bool,
 }
@@ -213,13 +211,13 @@ impl Spec {
         if let Some(value) = self.value.pointer_mut("/linux/resources") {
             resources(value, guest.vcpus)?;
         }
-        self.namespaces(guest)?;
+        self.namespaces(&guest)?;
         Ok(cpus)
     }
 
-    /// A network namespace's path is the host's: in the guest it becomes that of the pod's network. containerd tells one pid for all
-    /// processes of a pod, so that pid's namespaces are those of the pod's first container; other pids are the guest's.
-    fn namespaces(&mut self, guest: Guest) -> Result<(), Refusal> {
+    /// A network namespace's path is the host's: in the guest it becomes that of the pod's network. Another namespace's path names a
+    /// container of the pod by the pid that containerd has for it; other pids are the guest's.
+    fn namespaces(&mut self, guest: &Guest) -> Result<(), Refusal> {
         let list = self
             .value
             .pointer_mut("/linux/namespaces")
@@ -235,16 +233,17 @@ impl Spec {
                 }
                 continue;
             }
-            if joined(view)? != Some(guest.host_pid) {
+            let Some(host) = joined(view)? else {
                 continue;
-            }
-            let pid = guest.init_pid.ok_or_else(|| {
+            };
+            let Some(init) = guest.inits.get(&host) else {
+                continue;
+            };
+            let pid = init.ok_or_else(|| {
                 let field = format!("linux.namespaces[{}].path", view.r#type);
-                unsupported(field, "the pod's first container does not run")
+                unsupported(field, "the container that it names does not run")
             })?;
-            let path = view
-                .path
-                .replacen(&guest.host_pid.to_string(), &pid.to_string(), 1);
+            let path = view.path.replacen(&host.to_string(), &pid.to_string(), 1);
             value.insert("path".into(), path.into());
         }
         Ok(())

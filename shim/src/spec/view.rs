@@ -21,6 +21,7 @@ pub struct View {
 #[serde(default, rename_all = "camelCase")]
 pub struct ProcessView {
     pub args: Vec<String>,
+    pub terminal: bool,
     #[serde(rename = "execCPUAffinity")]
     pub exec_cpu_affinity: BTreeMap<String, String>,
 }

@@ -24,6 +24,8 @@ pub struct Made {
     pub cpus: Cpus,
     /// Pid of its first process in the guest.
     pub init_pid: u32,
+    /// The pid on the host that is told for its processes: by it another container can name this one's namespaces.
+    pub host_pid: u32,
 }
 
 /// A container.

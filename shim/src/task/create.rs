@@ -1,6 +1,7 @@
 //! Create and Exec: the machine with the first container, then the agent's half.
 
 use std::{
+    collections::HashMap,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -35,7 +36,7 @@ use crate::{
 
 impl Shared {
     /// Create.
-    pub(super) async fn create(
+    pub(crate) async fn create(
         self: &Arc<Self>,
         req: &CreateTaskRequest,
     ) -> Result<CreateTaskResponse, Error> {
@@ -57,7 +58,7 @@ impl Shared {
             }
         };
         let mut response = CreateTaskResponse::new();
-        response.pid = container.pod.pid();
+        response.pid = container.made.host_pid;
         Ok(response)
     }
 
@@ -98,12 +99,20 @@ impl Shared {
                 return Err(error);
             }
         };
-        let hooks = hooks_of(&spec, &req.id, &bundle, &pod);
+        let host_pid = match self.host_pid(&pod, &req.id).await {
+            Ok(pid) => pid,
+            Err(error) => {
+                self.release_trees(Some(&pod), &plan.trees).await;
+                return Err(error);
+            }
+        };
+        let hooks = hooks_of(&spec, &req.id, &bundle, host_pid);
         let record = Record {
             id: req.id.clone(),
             bundle: bundle.clone(),
             trees: plan.trees.clone(),
             hooks: hooks.clone(),
+            host_pid,
             made: None,
         };
         record.save(pod.dir());
@@ -112,6 +121,7 @@ impl Shared {
             Ok(made) => made,
             Err(error) => {
                 pod.growth().forget(&req.id);
+                pod.remove_pid(host_pid).await;
                 self.release_trees(Some(&pod), &plan.trees).await;
                 hooks.poststop().await;
                 Record::forget(pod.dir(), &req.id);
@@ -125,11 +135,12 @@ impl Shared {
             hooks,
             cpus,
             init_pid,
+            host_pid,
         };
         let container = Container::new(&req.id, bundle, pod.clone(), init, made);
         container.save();
         // The event first: once the container is in the table, other events of it may follow.
-        self.publish_create(req, pod.pid());
+        self.publish_create(req, host_pid);
         self.state()
             .containers
             .insert(req.id.clone(), container.clone());
@@ -138,6 +149,14 @@ impl Shared {
         }
         tracing::info!(container = req.id, "created");
         Ok(container)
+    }
+
+    /// What containerd shall know the container by: the machine's process for the pod's own, else a pid of its own.
+    async fn host_pid(&self, pod: &Pod, id: &str) -> Result<u32, Error> {
+        match id == self.pod_id {
+            true => Ok(pod.pid()),
+            false => Ok(pod.add_pid().await?),
+        }
     }
 
     /// The pod, with the container's trees in its file server; started if this is its first container.
@@ -222,16 +241,12 @@ impl Shared {
         hooks: &Runner,
         io: Io,
     ) -> Result<(u32, Cpus, Pumps), Error> {
-        let first = self.state().containers.get(&self.pod_id).cloned();
         pod.growth()
             .make_room(pod.agent()?, &req.id, spec.claim())
             .await;
         let cpus = spec.translate(Guest {
             vcpus: pod.size().vcpus,
-            host_pid: pod.pid(),
-            init_pid: first
-                .filter(|c| c.init.exit().is_none())
-                .map(|c| c.made.init_pid),
+            inits: self.inits(pod),
             pod_network: req.id == self.pod_id || spec.network().is_some(),
         })?;
         if let Err(error) = hooks.remember() {
@@ -240,6 +255,18 @@ impl Shared {
         hooks.create().await?;
         let (pid, pumps) = self.make(pod, req, spec, plan, io).await?;
         Ok((pid, cpus, pumps))
+    }
+
+    /// By the pid that containerd knows a container by, that of its init in the guest, if it runs.
+    fn inits(&self, pod: &Pod) -> HashMap<u32, Option<u32>> {
+        let state = self.state();
+        let of = |c: &Arc<Container>| {
+            let init = c.init.exit().is_none().then_some(c.made.init_pid);
+            (c.made.host_pid, init)
+        };
+        std::iter::once((pod.pid(), None))
+            .chain(state.containers.values().map(of))
+            .collect()
     }
 
     async fn make(
@@ -256,6 +283,7 @@ impl Shared {
         request.bundle.clone_from(&req.bundle);
         request.rootfs = MessageField::some(plan.rootfs.clone());
         request.stdio = MessageField::some(io.request());
+        request.pause = spec.is_pause();
         let result = pod
             .agent()?
             .create_container(deadline(MAKE), &request)
@@ -360,11 +388,11 @@ impl Shared {
     }
 }
 
-fn hooks_of(spec: &Spec, id: &str, bundle: &Path, pod: &Pod) -> Runner {
+fn hooks_of(spec: &Spec, id: &str, bundle: &Path, pid: u32) -> Runner {
     let state = hooks::State {
         oci_version: spec.version().into(),
         id: id.into(),
-        pid: Some(pod.pid()),
+        pid: Some(pid),
         bundle: bundle.into(),
         annotations: spec.annotations().clone(),
         ..hooks::State::default()

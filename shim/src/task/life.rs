@@ -28,7 +28,7 @@ const NOT_STARTED: u32 = 255;
 
 impl Shared {
     /// Start.
-    pub(super) async fn start(
+    pub(crate) async fn start(
         self: &Arc<Self>,
         id: &str,
         exec_id: &str,
@@ -67,7 +67,7 @@ impl Shared {
             self.end_created(&container, &process).await;
             return Err(error.into());
         }
-        let pid = container.pod.pid();
+        let pid = container.made.host_pid;
         if exec_id.is_empty() {
             let mut event = TaskStart::new();
             event.container_id = id.into();
@@ -140,7 +140,7 @@ impl Shared {
             "" => container.id.clone(),
             exec => exec.into(),
         };
-        event.pid = container.pod.pid();
+        event.pid = container.made.host_pid;
         event.exit_status = exit.status;
         event.exited_at = MessageField::some(exit.at.clone());
         let (of, told) = (container.clone(), process.clone());
@@ -200,7 +200,7 @@ impl Shared {
     }
 
     /// Delete of an exec or of a container, which takes the pod with it if it is the last.
-    pub(super) async fn delete(&self, id: &str, exec_id: &str) -> Result<DeleteResponse, Error> {
+    pub(crate) async fn delete(&self, id: &str, exec_id: &str) -> Result<DeleteResponse, Error> {
         let (container, process) = self.process(id, exec_id)?;
         match process.phase() {
             Phase::Running | Phase::Starting => {
@@ -218,7 +218,7 @@ impl Shared {
         }
         delete_in_guest(&container, exec_id).await?;
         let exit = process.exit().unwrap_or_else(|| killed(KILLED));
-        let pid = container.pod.pid();
+        let pid = container.made.host_pid;
         if exec_id.is_empty() {
             if self.state().containers.remove(id).is_none() {
                 return Err(Error::NotFound(container.name("")));
@@ -227,6 +227,7 @@ impl Shared {
             container.pod.growth().forget(id);
             self.release_trees(Some(&container.pod), &container.made.trees)
                 .await;
+            container.pod.remove_pid(pid).await;
             let mut event = TaskDelete::new();
             event.container_id = id.into();
             event.pid = pid;

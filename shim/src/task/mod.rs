@@ -1,8 +1,9 @@
 //! containerd's Task service, one implementation under the names of v2 and v3.
 //!
 //! `create.rs` makes containers and execs, `life.rs` starts, ends and deletes processes, `record.rs` and `adopt.rs` let another shim take
-//! over; here stand the service's state and the calls that only pass on to the agent. The pid that is told for every process is the VMM's on the
-//! host (its network namespace is the pod's); guest pids are in the answer of `Pids` only.
+//! over; here stand the service's state and the calls that only pass on to the agent. The pid that is told for every process of a container is the VMM's on the
+//! host, or for the pod's further containers that of a thread of it (its network namespace is the pod's); guest pids are in the
+//! answer of `Pids` only.
 
 mod adopt;
 pub mod container;
@@ -31,6 +32,7 @@ use containerd_shim_protos::{
         StatsResponse, Status, UpdateTaskRequest, WaitRequest, WaitResponse,
     },
     events::task::{TaskPaused, TaskResumed},
+    sandbox_async::create_sandbox,
     shim_async::{Task, create_task},
 };
 use protobuf::{MessageField, well_known_types::timestamp::Timestamp};
@@ -48,15 +50,16 @@ use crate::{
     keeper::{self, Kept},
     mounts::{Table, Tree},
     sandbox::{self, Pod, deadline},
+    sandbox_api::Asked,
     spec,
 };
 
 /// How long the agent may take for a short call.
-const CALL: Duration = Duration::from_secs(30);
+pub(crate) const CALL: Duration = Duration::from_secs(30);
 /// How long it may take to make a container or to start a process.
 const MAKE: Duration = Duration::from_secs(120);
 
-type Rpc<T> = ttrpc::Result<T>;
+pub(crate) type Rpc<T> = ttrpc::Result<T>;
 
 /// The service. Cheap to clone.
 #[derive(Clone)]
@@ -76,8 +79,10 @@ pub struct Shared {
 }
 
 #[derive(Default)]
-struct State {
-    pod: Option<Arc<Pod>>,
+pub(crate) struct State {
+    pub(crate) pod: Option<Arc<Pod>>,
+    /// What `CreateSandbox` asked for, where containerd speaks the Sandbox API.
+    pub(crate) sandbox: Option<Asked>,
     containers: HashMap<String, Arc<Container>>,
     /// Ids whose `Create` is under way.
     creating: HashSet<String>,
@@ -111,14 +116,19 @@ impl Service {
         }))
     }
 
-    /// The service under both of its names: v2 (containerd 1.6, 1.7) and v3 (2.x) have the same messages.
+    /// The service under both of its names, v2 (containerd 1.6, 1.7) and v3 (2.x) have the same messages, and the Sandbox service.
     pub fn register(&self) -> HashMap<String, ttrpc::r#async::Service> {
         let mut services = create_task(Arc::new(self.clone()));
         let v2 = create_task(Arc::new(self.clone()))
             .into_values()
             .map(|service| ("containerd.task.v2.Task".to_owned(), service));
         services.extend(v2);
+        services.extend(create_sandbox(Arc::new(self.clone())));
         services
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.0
     }
 
     /// Ends the pod, whatever runs in it.
@@ -142,11 +152,20 @@ impl Service {
 }
 
 impl Shared {
-    fn state(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn pod_id(&self) -> &str {
+        &self.pod_id
+    }
+
+    /// The shim is needed no more.
+    pub(crate) fn end_shim(&self) {
+        self.shutdown.notify_one();
+    }
+
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn container(&self, id: &str) -> Result<Arc<Container>, Error> {
+    pub(crate) fn container(&self, id: &str) -> Result<Arc<Container>, Error> {
         let found = self.state().containers.get(id).cloned();
         found.ok_or_else(|| Error::NotFound(format!("container {id}")))
     }
@@ -167,7 +186,7 @@ impl Shared {
 }
 
 /// The agent's answer; a broken connection becomes the machine's end, if it is that.
-async fn answer<T>(pod: &Pod, result: ttrpc::Result<T>) -> Result<T, Error> {
+pub(crate) async fn answer<T>(pod: &Pod, result: ttrpc::Result<T>) -> Result<T, Error> {
     let error = match result {
         Ok(answer) => return Ok(answer),
         Err(error @ ttrpc::Error::RpcStatus(_)) => error,
@@ -180,7 +199,7 @@ async fn answer<T>(pod: &Pod, result: ttrpc::Result<T>) -> Result<T, Error> {
 }
 
 /// Logs a failed call and makes it a status.
-fn reply<T>(call: &'static str, id: &str, result: Result<T, Error>) -> Rpc<T> {
+pub(crate) fn reply<T>(call: &'static str, id: &str, result: Result<T, Error>) -> Rpc<T> {
     result.map_err(|error| {
         match &error {
             Error::NotFound(_) | Error::Finished(_) => {
@@ -199,7 +218,7 @@ impl Shared {
         state.id = id.into();
         state.exec_id = exec_id.into();
         state.bundle = container.bundle.display().to_string();
-        state.pid = container.pod.pid();
+        state.pid = container.made.host_pid;
         state.stdin.clone_from(&process.paths.stdin);
         state.stdout.clone_from(&process.paths.stdout);
         state.stderr.clone_from(&process.paths.stderr);
@@ -223,7 +242,7 @@ impl Shared {
         let pids = if matches!(container.init.phase(), Phase::Stopped(_)) {
             // The task's own: containerd 1.7 takes a shim without pids for a leaked one when it restarts, and the exit
             // status would be lost.
-            vec![container.pod.pid()]
+            vec![container.made.host_pid]
         } else {
             let request = container.container_request();
             let agent = container.pod.agent()?;
@@ -310,7 +329,7 @@ impl Shared {
     fn connect(&self, id: &str) -> Result<ConnectResponse, Error> {
         let mut response = ConnectResponse::new();
         response.shim_pid = keeper::pid();
-        response.task_pid = self.container(id)?.pod.pid();
+        response.task_pid = self.container(id)?.made.host_pid;
         response.version = env!("CARGO_PKG_VERSION").into();
         Ok(response)
     }
@@ -419,7 +438,7 @@ impl Task for Service {
         let keeps = !self.0.state().containers.is_empty() && !req.now;
         if !keeps {
             self.stop().await;
-            self.0.shutdown.notify_one();
+            self.0.end_shim();
         }
         Ok(Empty::new())
     }

@@ -98,6 +98,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
         dist: args.dist.clone(),
         images: args.images.clone(),
         docker: None,
+        containerd: None,
         scale,
     })?;
     let mut figures = start::figures(&suite, &plan)?;

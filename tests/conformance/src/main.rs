@@ -91,6 +91,7 @@ fn run(args: &Args, chosen: &[&Case]) -> anyhow::Result<usize> {
         dist: shims.clone(),
         images: args.images.clone().unwrap_or_else(|| dist.clone()),
         docker: None,
+        containerd: None,
         scale: Scale::detect(false),
     })?;
     side::make_shims(&shims, &suite, &dist)?;

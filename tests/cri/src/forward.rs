@@ -3,11 +3,10 @@
 
 use std::{net::TcpStream, time::Duration};
 
-use bulkhead_harness::{Context, Failure, Outcome};
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
-use tungstenite::{Message, WebSocket, client::IntoClientRequest, http::HeaderValue};
+use bulkhead_harness::{Context, Outcome};
+use tungstenite::{Message, WebSocket};
 
-const PROTOCOL: &str = "v4.channel.k8s.io";
+use crate::stream::web_socket;
 
 /// A forwarded connection.
 #[derive(Debug)]
@@ -19,24 +18,8 @@ pub struct Forwarded {
 impl Forwarded {
     /// Dials the streaming server at `url` from the network namespace of the process `pid`.
     pub fn dial(pid: u32, url: &str, limit: Duration) -> Outcome<Self> {
-        let (_, rest) = url
-            .split_once("://")
-            .context("the streaming server's URL")?;
-        let (address, _) = rest.split_once('/').context("the streaming server's URL")?;
-        let stream = connect_in(pid, address.to_owned())?;
-        stream
-            .set_read_timeout(Some(limit))
-            .context("set a limit")?;
-        let request = url.replacen("http", "ws", 1).into_client_request();
-        let mut request = request.context("a request")?;
-        let protocol = HeaderValue::from_static(PROTOCOL);
-        request
-            .headers_mut()
-            .insert("Sec-WebSocket-Protocol", protocol);
-        let (socket, _) = tungstenite::client(request, stream)
-            .map_err(|error| Failure::Failed(format!("WebSocket to {url}: {error}")))?;
         Ok(Self {
-            socket,
+            socket: web_socket(pid, url, limit)?,
             got: Vec::new(),
         })
     }
@@ -73,17 +56,4 @@ impl Forwarded {
             }
         }
     }
-}
-
-/// A thread enters the namespace; the socket stays there.
-fn connect_in(pid: u32, address: String) -> Outcome<TcpStream> {
-    let namespace = std::fs::File::open(format!("/proc/{pid}/ns/net")).context("the namespace")?;
-    let dial = std::thread::spawn(move || -> Outcome<TcpStream> {
-        let kind = Some(LinkNameSpaceType::Network);
-        move_into_link_name_space(std::os::fd::AsFd::as_fd(&namespace), kind)
-            .context("enter the namespace")?;
-        TcpStream::connect(&address).context(format_args!("connect to {address}"))
-    });
-    dial.join()
-        .unwrap_or_else(|_| Err("the dialling thread panicked".into()))
 }

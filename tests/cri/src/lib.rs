@@ -9,9 +9,14 @@ use k8s_cri::v1::{
 };
 use tonic::transport::{Channel, Endpoint};
 
+pub mod container;
 pub mod forward;
+pub mod stream;
 
-pub use k8s_cri::v1::{DnsConfig, PodSandboxConfig, PortMapping};
+pub use k8s_cri::v1::{
+    ContainerConfig, ContainerState, DnsConfig, Int64Value, KeyValue, LinuxContainerResources,
+    NamespaceMode, NamespaceOption, PodSandboxConfig, PortMapping, SecurityProfile,
+};
 
 /// The runtime handler that the suite's containerd has for the runtime under test.
 pub const HANDLER: &str = "suite";
@@ -44,6 +49,7 @@ macro_rules! call {
             })
     }};
 }
+use call;
 
 impl Cri {
     /// Connects to the suite's containerd and waits until its CRI plugin knows the images.
@@ -121,9 +127,14 @@ impl Cri {
 
     /// RunPodSandbox.
     pub fn run(&self, config: PodSandboxConfig) -> Outcome<Sandbox<'_>> {
+        self.run_with(HANDLER, config)
+    }
+
+    /// The same with another runtime handler.
+    pub fn run_with(&self, handler: &str, config: PodSandboxConfig) -> Outcome<Sandbox<'_>> {
         let request = v1::RunPodSandboxRequest {
             config: Some(config.clone()),
-            runtime_handler: HANDLER.into(),
+            runtime_handler: handler.into(),
         };
         let id = call!(self, run_pod_sandbox, request)?.pod_sandbox_id;
         Ok(Sandbox {
@@ -132,6 +143,43 @@ impl Cri {
             config,
             gone: false,
         })
+    }
+
+    /// RunPodSandbox for several pods at the same time.
+    pub fn run_all(&self, configs: Vec<PodSandboxConfig>) -> Vec<Outcome<Sandbox<'_>>> {
+        let limit = self.limit;
+        let ids = self.runtime.block_on(async {
+            let calls = configs.iter().map(|config| {
+                let mut client = self.client.clone();
+                let mut request = tonic::Request::new(v1::RunPodSandboxRequest {
+                    config: Some(config.clone()),
+                    runtime_handler: HANDLER.into(),
+                });
+                request.set_timeout(limit.saturating_mul(4));
+                tokio::spawn(async move { client.run_pod_sandbox(request).await })
+            });
+            let calls: Vec<_> = calls.collect();
+            let mut ids = Vec::new();
+            for call in calls {
+                ids.push(call.await);
+            }
+            ids
+        });
+        let sandbox = |(id, config): (_, PodSandboxConfig)| {
+            let id: Result<Result<tonic::Response<v1::RunPodSandboxResponse>, tonic::Status>, _> =
+                id;
+            let id = id.context("the call")?;
+            let id = id.map_err(|status| {
+                Failure::Failed(format!("run_pod_sandbox: {}", status.message()))
+            })?;
+            Ok(Sandbox {
+                cri: self,
+                id: id.into_inner().pod_sandbox_id,
+                config,
+                gone: false,
+            })
+        };
+        ids.into_iter().zip(configs).map(sandbox).collect()
     }
 
     /// ListPodSandboxStats: id and bytes received of each pod's default interface.
@@ -200,6 +248,17 @@ pub struct Said {
     pub code: i32,
 }
 
+impl Said {
+    fn of(said: v1::ExecSyncResponse) -> Self {
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end().to_owned();
+        Self {
+            stdout: text(&said.stdout),
+            stderr: text(&said.stderr),
+            code: said.exit_code,
+        }
+    }
+}
+
 impl Sandbox<'_> {
     /// Its id.
     pub fn id(&self) -> &str {
@@ -208,42 +267,12 @@ impl Sandbox<'_> {
 
     /// CreateContainer and StartContainer.
     pub fn start(&self, name: &str, image: Image, command: &[&str]) -> Outcome<String> {
-        let config = v1::ContainerConfig {
-            metadata: Some(v1::ContainerMetadata {
-                name: name.into(),
-                attempt: 0,
-            }),
-            image: Some(spec(image)),
-            command: command.iter().map(|&word| word.into()).collect(),
-            ..Default::default()
-        };
-        let request = v1::CreateContainerRequest {
-            pod_sandbox_id: self.id.clone(),
-            config: Some(config),
-            sandbox_config: Some(self.config.clone()),
-        };
-        let id = call!(self.cri, create_container, request)?.container_id;
-        let request = v1::StartContainerRequest {
-            container_id: id.clone(),
-        };
-        call!(self.cri, start_container, request)?;
-        Ok(id)
+        self.launch(container::config(name, image, command))
     }
 
     /// ExecSync.
     pub fn exec(&self, container: &str, command: &[&str]) -> Outcome<Said> {
-        let request = v1::ExecSyncRequest {
-            container_id: container.into(),
-            cmd: command.iter().map(|&word| word.into()).collect(),
-            timeout: 0,
-        };
-        let said = call!(self.cri, exec_sync, request)?;
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end().to_owned();
-        Ok(Said {
-            stdout: text(&said.stdout),
-            stderr: text(&said.stderr),
-            code: said.exit_code,
-        })
+        self.exec_within(container, command, 0)
     }
 
     /// The pod's addresses as kubelet learns them.
@@ -267,13 +296,20 @@ impl Sandbox<'_> {
         Ok(call!(self.cri, port_forward, request)?.url)
     }
 
+    /// The same pod over another connection, after containerd was away.
+    pub fn through<'b>(mut self, cri: &'b Cri) -> Sandbox<'b> {
+        self.gone = true;
+        Sandbox {
+            cri,
+            id: self.id.clone(),
+            config: self.config.clone(),
+            gone: false,
+        }
+    }
+
     /// StopContainer and RemoveContainer.
     pub fn remove(&self, container: &str) -> Outcome {
-        let request = v1::StopContainerRequest {
-            container_id: container.into(),
-            timeout: 1,
-        };
-        call!(self.cri, stop_container, request)?;
+        self.stop(container, 1)?;
         let request = v1::RemoveContainerRequest {
             container_id: container.into(),
         };

@@ -26,6 +26,7 @@ mod size;
 mod stdio;
 mod survival;
 mod view;
+mod walk;
 
 #[derive(Parser)]
 #[command(version, about)]
@@ -42,6 +43,9 @@ struct Args {
     /// Folder of a Docker to use (dockerd, docker, docker-proxy) instead of the one in PATH.
     #[arg(long)]
     docker: Option<PathBuf>,
+    /// Folder of another containerd (containerd, ctr) to use instead of the one in PATH; the cases that walk through all of it are added.
+    #[arg(long)]
+    containerd: Option<PathBuf>,
     #[command(flatten)]
     choice: Choice,
     /// Smaller sizes.
@@ -58,7 +62,10 @@ enum EngineName {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let all = all();
+    let mut all = all();
+    if args.containerd.is_some() {
+        all.extend_from_slice(walk::TESTS);
+    }
     let Some(chosen) = args.choice.of(&all, |test| test.name) else {
         return ExitCode::SUCCESS;
     };
@@ -101,6 +108,7 @@ fn run(args: &Args, chosen: &[&Test]) -> anyhow::Result<Tally> {
         dist: args.dist.clone(),
         images,
         docker: args.docker.clone(),
+        containerd: args.containerd.clone(),
         scale,
     })?;
     Ok(runner::run(&suite, chosen))
@@ -122,9 +130,9 @@ fn all() -> Vec<Test> {
         bad_input::TESTS,
         crashes::TESTS,
         survival::TESTS,
-        cri::TESTS,
     ]
     .concat();
+    all.extend(cri::tests());
     all.extend(network::tests());
     all.extend_from_slice(docker::TESTS);
     all

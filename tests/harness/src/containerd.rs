@@ -10,7 +10,10 @@ use std::{
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::failure::{Context, Failure, Outcome, make_folder, write};
+use crate::{
+    command::Invocation,
+    failure::{Context, Failure, Outcome, make_folder, write},
+};
 
 /// Where a containerd lives and what it starts with.
 #[derive(Clone, Debug)]
@@ -19,6 +22,8 @@ pub struct Settings {
     pub run: PathBuf,
     /// Images and snapshots.
     pub data: PathBuf,
+    /// Folder of `containerd` and `ctr`, if not in `PATH`.
+    pub programs: Option<PathBuf>,
     /// Folder of the shim, first in `PATH`.
     pub dist: PathBuf,
     /// File that `BULKHEAD_CONFIG` names.
@@ -118,17 +123,18 @@ disabled_plugins = [{cri_off}"io.containerd.snapshotter.v1.aufs", "io.containerd
             .open(settings.run.join("containerd.log"))
             .context("open containerd's log")?;
         let path = std::env::var("PATH").unwrap_or_default();
+        let program = program(settings.programs.as_deref(), "containerd");
         let mut command = match &settings.before {
             None if !settings.enter.is_empty() => {
                 let mut command = Command::new(&settings.enter[0]);
-                command.args(&settings.enter[1..]).arg("containerd");
+                command.args(&settings.enter[1..]).arg(program);
                 command
             }
-            None => Command::new("containerd"),
+            None => Command::new(program),
             Some(text) => {
                 let mut command = Command::new("unshare");
                 command.args(["-m", "sh", "-ec", &format!("{text}\nexec \"$@\"")]);
-                command.args(["sh", "containerd"]);
+                command.arg("sh").arg(program);
                 command
             }
         };
@@ -174,6 +180,23 @@ disabled_plugins = [{cri_off}"io.containerd.snapshotter.v1.aufs", "io.containerd
         }
         Ok(())
     }
+}
+
+/// A program of the folder, or of `PATH`.
+pub fn program(folder: Option<&Path>, name: &str) -> PathBuf {
+    folder.map_or_else(|| name.into(), |folder| folder.join(name))
+}
+
+/// The major version of a containerd.
+pub fn major_version(folder: Option<&Path>) -> Outcome<u32> {
+    let output = Invocation::new(program(folder, "containerd")).arg("--version");
+    let text = output.output()?.ok()?.text();
+    // `containerd NAME VERSION REVISION`
+    let version = text.split_whitespace().nth(2).unwrap_or_default();
+    let major = version.trim_start_matches('v').split('.').next();
+    major
+        .and_then(|major| major.parse().ok())
+        .context(format_args!("version in {text:?}"))
 }
 
 impl Drop for Containerd {

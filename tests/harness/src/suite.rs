@@ -13,7 +13,7 @@ use rustix::process::Signal;
 
 use crate::{
     command::{Invocation, tail},
-    containerd::{Containerd, Settings, unmount_below},
+    containerd::{self, Containerd, Settings, unmount_below},
     docker::{self, Docker},
     failure::{Context, Outcome, make_folder, read, skip, write},
     leaks::Scope,
@@ -84,6 +84,8 @@ pub struct Options {
     pub images: PathBuf,
     /// Folder of `dockerd` and its kind, if not in `PATH`.
     pub docker: Option<PathBuf>,
+    /// Folder of `containerd` and `ctr`, if not in `PATH`.
+    pub containerd: Option<PathBuf>,
     /// Sizes and waits.
     pub scale: Scale,
 }
@@ -110,6 +112,9 @@ pub struct Suite {
     network: Option<Network>,
     networked: OnceCell<Outcome<Box<Suite>>>,
     docker_programs: Option<PathBuf>,
+    programs: Option<PathBuf>,
+    /// containerd's major version.
+    pub major: u32,
     docker: OnceCell<Outcome<Docker>>,
 }
 
@@ -127,6 +132,7 @@ impl Suite {
                 dist: self.dist.clone(),
                 images: self.images.clone(),
                 docker: self.docker_programs.clone(),
+                containerd: self.programs.clone(),
                 scale: self.scale.clone(),
             };
             Self::begin(options, "-net", true).map(Box::new)
@@ -163,6 +169,8 @@ impl Suite {
             network,
             networked: OnceCell::new(),
             docker_programs: options.docker.as_deref().map(absolute).transpose()?,
+            major: containerd::major_version(options.containerd.as_deref())?,
+            programs: options.containerd.as_deref().map(absolute).transpose()?,
             docker: OnceCell::new(),
         };
         suite.configure("")?;
@@ -226,6 +234,7 @@ impl Suite {
         Settings {
             run: self.run.join(name),
             data: self.data.join(name),
+            programs: self.programs.clone(),
             dist: self.dist.clone(),
             config: self.config(),
             before,
@@ -252,12 +261,20 @@ impl Suite {
   runtime_type = "{runtime}"
 [{plugin}.containerd.runtimes.runc]
   runtime_type = "io.containerd.runc.v2"
-[{plugin}.cni]
+{sandboxed}[{plugin}.cni]
   bin_dir = "{plugins}"
   conf_dir = "/etc/cni/net.d"
 "#,
             pause = Image::Pause.reference(),
             runtime = self.runtime(),
+            // Pods without a pause container, by the Sandbox API.
+            sandboxed = match self.major {
+                0 | 1 => String::new(),
+                _ => format!(
+                    "[{plugin}.containerd.runtimes.sandboxed]\n  runtime_type = \"{}\"\n  sandboxer = \"shim\"\n",
+                    self.runtime()
+                ),
+            },
             plugins = network.plugins().display(),
         )
     }
@@ -343,7 +360,8 @@ impl Suite {
         address: &Path,
         args: impl IntoIterator<Item = impl AsRef<OsStr>>,
     ) -> Invocation {
-        self.command("ctr")
+        let ctr = containerd::program(self.programs.as_deref(), "ctr");
+        self.command(&ctr.to_string_lossy())
             .arg("-a")
             .arg(address)
             .args(["-n", &self.namespace])

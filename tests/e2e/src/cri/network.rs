@@ -1,4 +1,4 @@
-//! Pods as kubelet makes them, by CRI.
+//! The network of pods of CRI.
 
 use bulkhead_cri::{Cri, DnsConfig, PortMapping, forward::Forwarded};
 use bulkhead_harness::{
@@ -15,25 +15,33 @@ const IMAGES: &[Image] = &[Image::Pause, Image::Net];
 /// The cases of this group.
 pub const TESTS: &[Test] = &[
     test!(
-        cri::containers_of_a_pod_share_localhost_and_names,
+        cri::network::containers_of_a_pod_share_localhost_and_names,
         IMAGES,
         ANY
     )
     .cri()
     .fast_host(),
-    test!(cri::pods_talk_and_a_host_port_leads_in, IMAGES, ANY)
-        .cri()
-        .fast_host(),
     test!(
-        cri::port_forward_of_containerd_reaches_localhost,
+        cri::network::pods_talk_and_a_host_port_leads_in,
         IMAGES,
         ANY
     )
     .cri()
     .fast_host(),
-    test!(cri::pod_on_the_hosts_network_is_refused, IMAGES, MACHINES)
-        .cri()
-        .fast_host(),
+    test!(
+        cri::network::port_forward_of_containerd_reaches_localhost,
+        IMAGES,
+        ANY
+    )
+    .cri()
+    .fast_host(),
+    test!(
+        cri::network::pod_on_the_hosts_network_is_refused,
+        IMAGES,
+        MACHINES
+    )
+    .cri()
+    .fast_host(),
 ];
 
 const SERVER: &[&str] = &["nginx"];

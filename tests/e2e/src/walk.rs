@@ -1,0 +1,135 @@
+//! One walk through all of containerd, for versions other than the one that the whole suite runs on.
+
+use bulkhead_cri::Cri;
+use bulkhead_harness::{
+    Context, Image, Outcome, Suite, Test, command::Input, ensure, ensure_eq, events::Events,
+    runner::ANY, runner::MACHINES, skip, test,
+};
+
+use crate::walk;
+
+const BUSYBOX: &[Image] = &[Image::Busybox];
+const CRI: &[Image] = &[Image::Pause, Image::Busybox];
+
+/// The cases of this group, which need `--containerd`.
+pub const TESTS: &[Test] = &[
+    test!(walk::task_from_start_to_end, BUSYBOX, ANY),
+    test!(walk::pod_by_cri, CRI, ANY).cri(),
+    test!(walk::pod_by_cri_outlives_containerd, CRI, ANY).cri(),
+    test!(walk::pod_without_a_pause_container, CRI, MACHINES).cri(),
+];
+
+/// Everything that `ctr` does with a task.
+fn task_from_start_to_end(suite: &Suite) -> Outcome {
+    let events = Events::subscribe(suite)?;
+    let script = "echo out; echo err >&2; trap 'exit 7' TERM; while :; do sleep 0.1; done";
+    let (pod, running) = suite.busybox().sh(script).attach()?;
+    running.wait_for("out", suite.scale.seconds(30))?;
+    let status = |text: &str| -> Outcome {
+        let seen = pod.status()?.map(|(_, status)| status);
+        ensure_eq!("status", seen.as_deref(), Some(text));
+        Ok(())
+    };
+    status("RUNNING")?;
+    let exec = pod.exec(&["sh", "-c", "cat; exit 4"]);
+    let exec = exec
+        .flags(&["--exec-id", "four"])
+        .input(Input::Bytes(b"in".to_vec()));
+    ensure_eq!("an exec's output", exec.output()?.expect(4)?.text(), "in");
+    let list = pod.task(&["ps"]).output()?.ok()?.text();
+    ensure_eq!("lines of ps", list.lines().count(), 3);
+    let output = pod.task(&["metrics", "--format", "json"]).output()?.ok()?;
+    let metrics: serde_json::Value =
+        serde_json::from_slice(&output.stdout).context("metrics as JSON")?;
+    let memory = metrics["memory"]["usage"].as_u64();
+    ensure!(memory > Some(0), "memory: {metrics}");
+    pod.task(&["pause"]).output()?.ok()?;
+    status("PAUSED")?;
+    pod.task(&["resume"]).output()?.ok()?;
+    status("RUNNING")?;
+    suite.restart_containerd()?;
+    status("RUNNING")?;
+    ensure_eq!("exec after a restart", pod.sh("echo on")?, "on");
+    // The client lost its connection with containerd; the task is its own from here on.
+    let pod = pod.without_client();
+    let name = pod.name().to_owned();
+    let after = Events::subscribe(suite)?;
+    pod.kill("SIGTERM")?.ok()?;
+    ensure_eq!("exit status", pod.delete()?, 7);
+    after.wait_for(&name, "/tasks/delete", suite.scale.seconds(5))?;
+    ensure!(running.stderr().contains("err"), "no stderr");
+    let mut seen = events.of(&name);
+    seen.extend(after.of(&name));
+    let topics: Vec<&str> = seen
+        .iter()
+        .filter_map(|e| e.topic.strip_prefix("/tasks/"))
+        .collect();
+    ensure_eq!(
+        "events",
+        topics.join(" "),
+        "create start exec-added exec-started exit paused resumed exit delete"
+    );
+    Ok(())
+}
+
+/// A pod of CRI with a pause container.
+fn pod_by_cri(suite: &Suite) -> Outcome {
+    let cri = Cri::connect(suite, CRI)?;
+    pod(&cri, cri.run(cri.config("walk"))?)
+}
+
+fn pod_by_cri_outlives_containerd(suite: &Suite) -> Outcome {
+    let cri = Cri::connect(suite, CRI)?;
+    let pod = cri.run(cri.config("outlives"))?;
+    let container = pod.start("one", Image::Busybox, &["sleep", "1000000"])?;
+    suite.restart_containerd()?;
+    let cri = Cri::connect(suite, CRI)?;
+    let pod = pod.through(&cri);
+    ensure_eq!("exec", pod.exec(&container, &["echo", "on"])?.stdout, "on");
+    pod.remove(&container)?;
+    pod.end()
+}
+
+/// A pod whose sandbox is the shim itself.
+fn pod_without_a_pause_container(suite: &Suite) -> Outcome {
+    if suite.major < 2 {
+        return skip("this containerd does not know the Sandbox API");
+    }
+    let cri = Cri::connect(suite, CRI)?;
+    pod(&cri, cri.run_with("sandboxed", cri.config("walk"))?)
+}
+
+/// What kubelet does with a pod, and what it then reads.
+fn pod(cri: &Cri, pod: bulkhead_cri::Sandbox<'_>) -> Outcome {
+    let one = pod.start("one", Image::Busybox, &["sleep", "1000000"])?;
+    let two = pod.start("two", Image::Busybox, &["sleep", "1000000"])?;
+    let said = pod.exec(
+        &one,
+        &["sh", "-c", "cat /etc/hostname; echo no >&2; exit 3"],
+    )?;
+    ensure_eq!("exit code", said.code, 3);
+    ensure_eq!("stderr", said.stderr, "no");
+    ensure_eq!("hostname", said.stdout, "walk");
+    let address = pod.addresses()?;
+    let seen = pod.exec(&two, &["ip", "-o", "address", "show", "dev", "eth0"])?;
+    for address in &address {
+        ensure!(
+            seen.stdout.contains(address),
+            "no {address}: {}",
+            seen.stdout
+        );
+    }
+    let ipc = ["readlink", "/proc/self/ns/ipc"];
+    ensure_eq!(
+        "ipc namespaces",
+        pod.exec(&one, &ipc)?.stdout,
+        pod.exec(&two, &ipc)?.stdout
+    );
+    let received = cri.received()?;
+    ensure!(
+        received.iter().any(|(id, _)| id == pod.id()),
+        "stats: {received:?}"
+    );
+    pod.remove(&one)?;
+    pod.end()
+}
