@@ -33,6 +33,7 @@ use crate::{
     network::{forward::Forwarder, ports::Watcher},
     pod::{Exit, Pod},
     power,
+    reaper::now,
 };
 
 /// How long a stream's connection may take to send its header.
@@ -148,7 +149,10 @@ async fn to_the_end<T: Send + 'static>(
 fn wait_response(exit: Exit) -> WaitResponse {
     WaitResponse {
         exit_status: exit.reaped.status,
-        exited_at_unix_ns: exit.reaped.at,
+        ended_ago_ns: match exit.reaped.at {
+            0 => 0,
+            at => now().saturating_sub(at).max(0).cast_unsigned(),
+        },
         oom_killed: exit.oom,
         pid: exit.pid,
         ..Default::default()

@@ -14,7 +14,7 @@ use crate::refusal::{Refusal, unsupported, wrong};
     clippy::all,
     clippy::undocumented_unsafe_blocks
 )]
-mod cri {
+pub(super) mod cri {
     include!(concat!(env!("OUT_DIR"), "/cri.rs"));
 }
 

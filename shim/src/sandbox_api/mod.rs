@@ -6,6 +6,7 @@
 //! sandbox's id, as a pause container does where containerd makes one, with the spec that is written into the bundle here.
 
 mod config;
+mod files;
 
 use std::{fs, path::Path, sync::Arc, time::Duration};
 
@@ -69,7 +70,9 @@ impl Shared {
         // A client other than CRI may have given the spec itself.
         if let Some(config) = config::parse(req.options.as_ref())? {
             let text = config::spec(req, &config).to_string();
-            fs::write(&file, text).map_err(|source| spec::Error::Write { path: file, source })?;
+            fs::write(&file, text)
+                .and_then(|()| files::write(bundle, &config))
+                .map_err(|source| spec::Error::Write { path: file, source })?;
         }
         Spec::load(bundle)?;
         let mut request = CreateTaskRequest::new();
@@ -82,6 +85,14 @@ impl Shared {
             created_at,
         });
         Ok(CreateSandboxResponse::new())
+    }
+
+    /// What a container of the pod has of the sandbox.
+    pub(crate) fn share_files(&self, id: &str, spec: &mut Spec) {
+        let sandbox = self.state().sandbox.clone();
+        if let Some(asked) = sandbox.filter(|asked| asked.request.id != id) {
+            files::mount(Path::new(&asked.request.bundle), &mut spec.value);
+        }
     }
 
     async fn start_sandbox(self: &Arc<Self>, id: &str) -> Result<StartSandboxResponse, Error> {

@@ -84,6 +84,7 @@ impl Shared {
         }
         let bundle = PathBuf::from(&req.bundle);
         let mut spec = Spec::load(&bundle)?;
+        self.share_files(&req.id, &mut spec);
         let paths = Paths {
             stdin: req.stdin.clone(),
             stdout: req.stdout.clone(),

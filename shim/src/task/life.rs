@@ -1,6 +1,9 @@
 //! Start, Kill, Delete, and the end of processes and of the machine.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use bulkhead_protocol::agent;
 use containerd_shim_protos::{
@@ -312,16 +315,11 @@ async fn exit_of(container: &Container, exec_id: &str) -> Exit {
         _ = pod.ended() => return killed(KILLED),
     };
     match waited {
-        Ok(end) => {
-            let mut at = Timestamp::new();
-            at.seconds = end.exited_at_unix_ns.div_euclid(1_000_000_000);
-            at.nanos = end.exited_at_unix_ns.rem_euclid(1_000_000_000) as i32;
-            Exit {
-                status: end.exit_status,
-                at: if end.exited_at_unix_ns > 0 { at } else { now() },
-                oom: end.oom_killed,
-            }
-        }
+        Ok(end) => Exit {
+            status: end.exit_status,
+            at: ago(Duration::from_nanos(end.ended_ago_ns)),
+            oom: end.oom_killed,
+        },
         Err(error) => {
             // Without its agent the machine is of no use.
             if !matches!(error, ttrpc::Error::RpcStatus(_))
@@ -347,6 +345,12 @@ async fn delete_in_guest(container: &Container, exec_id: &str) -> Result<(), Err
         }
         _ => Ok(()),
     }
+}
+
+/// A time that the guest knows, by the host's clock.
+fn ago(time: Duration) -> Timestamp {
+    let now = SystemTime::now();
+    now.checked_sub(time).unwrap_or(now).into()
 }
 
 /// An end without the agent's word.

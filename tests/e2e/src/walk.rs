@@ -22,9 +22,13 @@ pub const TESTS: &[Test] = &[
 /// Everything that `ctr` does with a task.
 fn task_from_start_to_end(suite: &Suite) -> Outcome {
     let events = Events::subscribe(suite)?;
-    let script = "echo out; echo err >&2; trap 'exit 7' TERM; while :; do sleep 0.1; done";
-    let (pod, running) = suite.busybox().sh(script).attach()?;
-    running.wait_for("out", suite.scale.seconds(30))?;
+    let run = suite.busybox().sh("cat; echo err >&2; exit 3");
+    let ended = run.input(Input::Bytes(b"in".to_vec())).output()?;
+    ensure_eq!("stderr", ended.errors(), "err");
+    ensure_eq!("stdout", ended.expect(3)?.text(), "in");
+
+    let script = "trap 'exit 7' TERM; while :; do sleep 0.1; done";
+    let pod = suite.busybox().sh(script).detach()?;
     let status = |text: &str| -> Outcome {
         let seen = pod.status()?.map(|(_, status)| status);
         ensure_eq!("status", seen.as_deref(), Some(text));
@@ -32,12 +36,10 @@ fn task_from_start_to_end(suite: &Suite) -> Outcome {
     };
     status("RUNNING")?;
     let exec = pod.exec(&["sh", "-c", "cat; exit 4"]);
-    let exec = exec
-        .flags(&["--exec-id", "four"])
-        .input(Input::Bytes(b"in".to_vec()));
+    let exec = exec.input(Input::Bytes(b"in".to_vec()));
     ensure_eq!("an exec's output", exec.output()?.expect(4)?.text(), "in");
     let list = pod.task(&["ps"]).output()?.ok()?.text();
-    ensure_eq!("lines of ps", list.lines().count(), 3);
+    ensure!(list.lines().count() > 1, "ps: {list}");
     let output = pod.task(&["metrics", "--format", "json"]).output()?.ok()?;
     let metrics: serde_json::Value =
         serde_json::from_slice(&output.stdout).context("metrics as JSON")?;
@@ -50,16 +52,13 @@ fn task_from_start_to_end(suite: &Suite) -> Outcome {
     suite.restart_containerd()?;
     status("RUNNING")?;
     ensure_eq!("exec after a restart", pod.sh("echo on")?, "on");
-    // The client lost its connection with containerd; the task is its own from here on.
-    let pod = pod.without_client();
     let name = pod.name().to_owned();
     let after = Events::subscribe(suite)?;
     pod.kill("SIGTERM")?.ok()?;
     ensure_eq!("exit status", pod.delete()?, 7);
     after.wait_for(&name, "/tasks/delete", suite.scale.seconds(5))?;
-    ensure!(running.stderr().contains("err"), "no stderr");
-    let mut seen = events.of(&name);
-    seen.extend(after.of(&name));
+    let (mut seen, later) = (events.of(&name), after.of(&name));
+    seen.extend(later);
     let topics: Vec<&str> = seen
         .iter()
         .filter_map(|e| e.topic.strip_prefix("/tasks/"))
@@ -110,6 +109,8 @@ fn pod(cri: &Cri, pod: bulkhead_cri::Sandbox<'_>) -> Outcome {
     ensure_eq!("exit code", said.code, 3);
     ensure_eq!("stderr", said.stderr, "no");
     ensure_eq!("hostname", said.stdout, "walk");
+    let files = pod.exec(&one, &["cat", "/etc/hosts", "/etc/resolv.conf"])?;
+    ensure_eq!("files of the pod", files.code, 0);
     let address = pod.addresses()?;
     let seen = pod.exec(&two, &["ip", "-o", "address", "show", "dev", "eth0"])?;
     for address in &address {

@@ -30,8 +30,7 @@ pub const TESTS: &[Test] = &[
         cri::containers::pause_costs_no_program_of_its_own,
         IMAGES,
         MACHINES
-    )
-    .cri(),
+    ),
     test!(
         cri::containers::resources_change_and_are_told,
         IMAGES,
@@ -225,7 +224,7 @@ fn pause_costs_no_program_of_its_own(suite: &Suite) -> Outcome {
 fn resources_change_and_are_told(suite: &Suite) -> Outcome {
     let cri = Cri::connect(suite, IMAGES)?;
     let pod = cri.run(cri.config("resources"))?;
-    let script = "head -c 20000000 /dev/zero >/dev/shm/x; while :; do :; done";
+    let script = "x=$(head -c 20000000 /dev/zero | tr '\\0' a); while :; do :; done";
     let mut busy = shell("busy", script);
     resources(&mut busy).memory_limit_in_bytes = 64 << 20;
     let busy = pod.launch(busy)?;
