@@ -1,8 +1,9 @@
 //! From containerd's mounts to trees: what of the host a container gets, as detached mounts for the file server.
 //!
 //! Pure planning, except for [`Tree::open`]: it clones the mount of a path (`open_tree`), so that nothing appears in
-//! the host's mount table.
+//! the host's mount table; and for the mount points that a read-only root lacks.
 
+mod points;
 mod trees;
 
 use std::{
@@ -208,6 +209,9 @@ impl Planner<'_> {
             ));
         }
         // A read-only root is the agent's mount flag; the tree as well, so that it holds outside the guest.
+        if spec.root_readonly {
+            points::make(path, &spec.value);
+        }
         let id = self.add_shared("rootfs", path, spec.root_readonly, true)?;
         Ok(single(id, spec.root_readonly))
     }

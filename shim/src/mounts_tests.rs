@@ -246,3 +246,31 @@ fn an_overlay_among_the_mounts_gets_its_layers_as_trees() {
         "{error}"
     );
 }
+
+#[test]
+fn a_read_only_root_gets_the_mount_points_that_it_lacks_and_nothing_outside() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("root");
+    fs::create_dir_all(root.join("real")).unwrap();
+    std::os::unix::fs::symlink("/real", root.join("link")).unwrap();
+    std::os::unix::fs::symlink("/../../outside", root.join("away")).unwrap();
+    fs::write(dir.path().join("file"), "").unwrap();
+    let spec = json!({ "mounts": [
+        { "type": "tmpfs", "destination": "/dev" },
+        { "type": "tmpfs", "destination": "/dev/shm" },
+        { "type": "bind", "source": dir.path().join("file"), "destination": "/sbin/init" },
+        { "type": "bind", "source": dir.path(), "destination": "/link/../link/data" },
+        { "type": "tmpfs", "destination": "/away/x" },
+        { "type": "tmpfs", "destination": "/../up" },
+    ] });
+    points::make(&root, &spec);
+    let mut names: Vec<_> = fs::read_dir(&root)
+        .unwrap()
+        .map(|e| e.unwrap().file_name())
+        .collect();
+    names.sort();
+    assert_eq!(names, ["away", "dev", "link", "real", "sbin", "up"]);
+    assert!(root.join("sbin/init").is_file() && root.join("real/data").is_dir());
+    assert_eq!(fs::read_dir(root.join("dev")).unwrap().count(), 0);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
+}

@@ -1,4 +1,4 @@
-"""Writes an OCI image layout as a tar: oci.py OUT.tar NAME LAYER..., a layer being a folder or a tar.
+"""Writes an OCI image layout as a tar: oci.py OUT.tar NAME LAYER..., a layer being a folder or a tar. `docker load` takes it too.
 
 The variable COMMAND is what a container runs by default (words by spaces), or it is a shell.
 
@@ -78,6 +78,12 @@ def main() -> None:
         for path, content in (
             ("oci-layout", {"imageLayoutVersion": "1.0.0"}),
             ("index.json", {"schemaVersion": 2, "manifests": [manifest]}),
+            # What Docker reads instead of the two.
+            ("manifest.json", [{
+                "Config": f"blobs/sha256/{config['digest'].removeprefix('sha256:')}",
+                "RepoTags": [name],
+                "Layers": [f"blobs/sha256/{layer['digest'].removeprefix('sha256:')}" for layer in descriptors],
+            }]),
         ):
             data = json.dumps(content).encode()
             info = tarfile.TarInfo(path)

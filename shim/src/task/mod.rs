@@ -3,7 +3,7 @@
 //! `create.rs` makes containers and execs, `life.rs` starts, ends and deletes processes, `record.rs` and `adopt.rs` let another shim take
 //! over; here stand the service's state and the calls that only pass on to the agent. The pid that is told for every process of a container is the VMM's on the
 //! host, or for the pod's further containers that of a thread of it (its network namespace is the pod's); guest pids are in the
-//! answer of `Pids` only.
+//! answer of `Pids` only, and Docker gets none.
 
 mod adopt;
 pub mod container;
@@ -54,6 +54,8 @@ use crate::{
     spec,
 };
 
+/// containerd's namespace of Docker's containers. Docker looks every pid up on the host: `docker top` asks the host's `ps`.
+const DOCKER: &str = "moby";
 /// How long the agent may take for a short call.
 pub(crate) const CALL: Duration = Duration::from_secs(30);
 /// How long it may take to make a container or to start a process.
@@ -239,7 +241,8 @@ impl Shared {
 
     async fn pids(&self, id: &str) -> Result<PidsResponse, Error> {
         let container = self.container(id)?;
-        let pids = if matches!(container.init.phase(), Phase::Stopped(_)) {
+        let ended = matches!(container.init.phase(), Phase::Stopped(_));
+        let pids = if ended || self.namespace == DOCKER {
             // The task's own: containerd 1.7 takes a shim without pids for a leaked one when it restarts, and the exit
             // status would be lost.
             vec![container.made.host_pid]

@@ -134,6 +134,6 @@ fn all() -> Vec<Test> {
     .concat();
     all.extend(cri::tests());
     all.extend(network::tests());
-    all.extend_from_slice(docker::TESTS);
+    all.extend(docker::tests());
     all
 }

@@ -118,29 +118,11 @@ fn terminal_resize_arrives(suite: &Suite) -> Outcome {
         .sh(script)
         .attach()?;
     running.wait_for("up", suite.scale.seconds(30))?;
-    let client = client_of(running.pid())?;
-    let tty = std::fs::read_link(format!("/proc/{client}/fd/0")).context("terminal of ctr")?;
-    bulkhead_harness::Invocation::new("stty")
-        .arg("-F")
-        .arg(&tty)
-        .args(["rows", "41", "cols", "99"])
-        .output()?
-        .ok()?;
+    running.resize_terminal(41, 99)?;
     running.wait_for("41 99", suite.scale.seconds(10))?;
     running.wait()?.ok()?;
     pod.delete()?;
     Ok(())
-}
-
-/// The child of `script`.
-fn client_of(script: u32) -> Outcome<u32> {
-    let children =
-        bulkhead_harness::failure::read(format!("/proc/{script}/task/{script}/children"))?;
-    children
-        .split_whitespace()
-        .next()
-        .and_then(|p| p.parse().ok())
-        .context("script has no child")
 }
 
 fn terminal_input_reaches_the_process(suite: &Suite) -> Outcome {

@@ -14,7 +14,7 @@ use std::{
 use rustix::process::{Pid, Signal, kill_process_group};
 use sha2::{Digest, Sha256};
 
-use crate::failure::{Context, Failure, Outcome};
+use crate::failure::{Context, Failure, Outcome, read};
 
 /// Most that is kept of one stream.
 const CAPTURE_MAX: usize = 64 << 20;
@@ -316,6 +316,23 @@ impl Running {
                 Err(poisoned) => poisoned.into_inner().0,
             };
         }
+    }
+
+    /// Gives the terminal of [`Invocation::in_terminal`] another size, as a person does who drags the window's corner.
+    pub fn resize_terminal(&self, rows: u16, columns: u16) -> Outcome {
+        let script = self.child.id();
+        let children = read(format!("/proc/{script}/task/{script}/children"))?;
+        let client = children.split_whitespace().next();
+        let client = client.context("script has no child")?;
+        let terminal =
+            std::fs::read_link(format!("/proc/{client}/fd/0")).context("the client's terminal")?;
+        Invocation::new("stty")
+            .arg("-F")
+            .arg(&terminal)
+            .args(["rows", &rows.to_string(), "cols", &columns.to_string()])
+            .output()?
+            .ok()
+            .map(drop)
     }
 
     /// Whether it has ended.

@@ -2,6 +2,8 @@
 //! and firewall rules are inside and end with it.
 
 use std::{
+    cell::RefCell,
+    collections::BTreeSet,
     path::{Path, PathBuf},
     process::Command,
     time::{Duration, Instant},
@@ -11,14 +13,14 @@ use rustix::process::Signal;
 
 use crate::{
     command::{Invocation, Running},
-    failure::{Failure, Outcome, make_folder, skip},
-    suite::Suite,
+    failure::{Failure, Outcome, make_folder, skip, write},
+    suite::{Image, Suite},
 };
 
 /// containerd's namespace of Docker's containers.
 pub const NAMESPACE: &str = "moby";
-/// The image that [`Docker::start`] makes of the tools.
-pub const IMAGE: &str = "net";
+/// Where [`Docker::registry`] listens: a loopback address, for which Docker asks no certificate.
+pub const REGISTRY: &str = "127.0.0.1:5000";
 
 /// The first daemon that takes a shim by its name.
 const LEAST: u32 = 23;
@@ -30,21 +32,19 @@ pub struct Docker {
     socket: PathBuf,
     programs: Option<PathBuf>,
     runtime: &'static str,
+    loaded: RefCell<BTreeSet<Image>>,
     limit: Duration,
 }
 
 impl Docker {
-    /// Starts a daemon and makes its image. `programs` is the folder of `dockerd` and `docker`, if not in `PATH`.
+    /// Starts a daemon. `programs` is the folder of `dockerd` and its kind, if not in `PATH`.
     pub(crate) fn start(
         suite: &Suite,
         programs: Option<&Path>,
         run: &Path,
         data: &Path,
     ) -> Outcome<Self> {
-        let program = |name: &str| match programs {
-            Some(folder) => folder.join(name).to_string_lossy().into_owned(),
-            None => name.to_owned(),
-        };
+        let program = |name: &str| program(programs, name);
         match version(&program("dockerd")) {
             Some(found) if found >= LEAST => {}
             Some(found) => return skip(format!("Docker {found} takes no shim by its name")),
@@ -70,9 +70,14 @@ impl Docker {
             .arg(suite.address())
             .args(["--bip", "10.93.0.1/24", "--ip6tables=false"])
             .args(["--default-address-pool", "base=10.94.0.0/16,size=24"])
+            // What `docker build` runs its steps by.
+            .args(["--default-runtime", suite.runtime()])
             .arg(format!("--cgroup-parent=/{}", suite.namespace()));
-        if programs.is_some() {
-            daemon = daemon.args(["--userland-proxy-path", &proxy]);
+        if let Some(folder) = programs {
+            let path = std::env::var("PATH").unwrap_or_default();
+            daemon = daemon
+                .args(["--userland-proxy-path", &proxy])
+                .env("PATH", format!("{}:{path}", folder.display()));
         }
         let daemon = daemon.limit(Duration::from_secs(24 * 3600)).spawn()?;
         let docker = Self {
@@ -80,20 +85,36 @@ impl Docker {
             socket,
             programs: programs.map(Path::to_path_buf),
             runtime: suite.runtime(),
+            loaded: RefCell::default(),
             limit: suite.scale.seconds(60),
         };
         docker.wait_until_ready(suite)?;
-        let tar = data.join("net.tar").to_string_lossy().into_owned();
-        let tools = suite.network()?.tools();
-        let pack = suite
-            .command("tar")
-            .args(["--one-file-system", "-C", &tools, "-cf", &tar, "."]);
-        pack.output()?.ok()?;
-        docker
-            .call(suite, &["import", &tar, IMAGE])
-            .output()?
-            .ok()?;
         Ok(docker)
+    }
+
+    /// `docker load` of an image, once.
+    pub(crate) fn load(&self, suite: &Suite, image: Image) -> Outcome {
+        if self.loaded.borrow().contains(&image) {
+            return Ok(());
+        }
+        let tar = suite.tar_of(image)?.to_string_lossy().into_owned();
+        let load = self.call(suite, &["load", "-i", &tar]);
+        load.output()?.ok()?;
+        self.loaded.borrow_mut().insert(image);
+        Ok(())
+    }
+
+    /// A registry at [`REGISTRY`] with its images in `folder`; it ends with the value.
+    pub fn registry(&self, suite: &Suite, folder: &Path) -> Outcome<Running> {
+        let config = folder.join("registry.yml");
+        let text = format!(
+            "version: 0.1\nstorage:\n  filesystem:\n    rootdirectory: {}\nhttp:\n  addr: {REGISTRY}\n",
+            folder.join("registry").display()
+        );
+        write(&config, text)?;
+        let program = program(self.programs.as_deref(), "docker-registry");
+        let registry = suite.command(&program).arg("serve").arg(&config);
+        registry.limit(Duration::from_secs(3600)).spawn()
     }
 
     fn wait_until_ready(&self, suite: &Suite) -> Outcome {
@@ -111,13 +132,11 @@ impl Docker {
 
     /// `docker ARGS…`.
     pub fn call(&self, suite: &Suite, args: &[&str]) -> Invocation {
-        let program = match &self.programs {
-            Some(folder) => folder.join("docker").to_string_lossy().into_owned(),
-            None => "docker".into(),
-        };
         suite
-            .command(&program)
+            .command(&program(self.programs.as_deref(), "docker"))
             .env("DOCKER_CONFIG", "/nowhere")
+            // BuildKit runs the steps of a build itself, by runc.
+            .env("DOCKER_BUILDKIT", "0")
             .env("DOCKER_HOST", format!("unix://{}", self.socket.display()))
             .args(args)
             .limit(self.limit)
@@ -143,6 +162,13 @@ impl Docker {
         }
         // Made as a mount point; one that is in use is not empty.
         let _ = std::fs::remove_dir("/run/docker");
+    }
+}
+
+fn program(folder: Option<&Path>, name: &str) -> String {
+    match folder {
+        Some(folder) => folder.join(name).to_string_lossy().into_owned(),
+        None => name.to_owned(),
     }
 }
 

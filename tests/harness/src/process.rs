@@ -124,6 +124,11 @@ pub fn parent(pid: u32) -> Option<u32> {
         .ok()
 }
 
+/// How many descriptors the process has.
+pub fn fds(pid: u32) -> usize {
+    fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
+}
+
 /// Descriptors of the process that name a memfd or a network namespace.
 pub fn special_fds(pid: u32) -> Vec<String> {
     fs::read_dir(format!("/proc/{pid}/fd"))

@@ -161,11 +161,9 @@ fn one(suite: &Suite, test: &Test) -> Outcome {
     for image in test.images {
         match test.place {
             Place::Cri => suite.import_into(*image, CRI_NAMESPACE)?,
+            Place::Docker => suite.docker()?.load(suite, *image)?,
             _ => suite.import(*image)?,
         }
-    }
-    if test.place == Place::Docker {
-        suite.docker()?;
     }
     let scope = suite.scope();
     let before = Snapshot::take(&scope);

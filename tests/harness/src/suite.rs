@@ -47,6 +47,8 @@ pub enum Image {
     Files,
     /// Busybox and servers and clients of the network.
     Net,
+    /// Busybox, bash and a Node.js application that listens at 8080.
+    Node,
     /// Busybox that sleeps: holds a pod of CRI.
     Pause,
 }
@@ -60,6 +62,7 @@ impl Image {
             Self::Layers => "layers",
             Self::Files => "files",
             Self::Net => "net",
+            Self::Node => "node",
             Self::Pause => "pause",
         }
     }
@@ -403,15 +406,7 @@ impl Suite {
         if self.imported.borrow().contains(&key) {
             return Ok(());
         }
-        let name = match image {
-            // Unpacking 50,000 files takes such a host ten minutes.
-            Image::Files if !self.scale.pods_are_cheap() => "few-files",
-            other => other.name(),
-        };
-        let tar = self.images.join(format!("{name}.tar"));
-        if !tar.exists() {
-            return skip(format!("no image {}", tar.display()));
-        }
+        let tar = self.tar_of(image)?;
         self.ctr(["-n", namespace, "image", "import"])
             .arg(&tar)
             .limit(self.scale.seconds(120))
@@ -419,6 +414,20 @@ impl Suite {
             .ok()?;
         self.imported.borrow_mut().insert(key);
         Ok(())
+    }
+
+    /// An image's tar file.
+    pub(crate) fn tar_of(&self, image: Image) -> Outcome<PathBuf> {
+        let name = match image {
+            // Unpacking 50,000 files takes such a host ten minutes.
+            Image::Files if !self.scale.pods_are_cheap() => "few-files",
+            other => other.name(),
+        };
+        let tar = self.images.join(format!("{name}.tar"));
+        match tar.exists() {
+            true => Ok(tar),
+            false => skip(format!("no image {}", tar.display())),
+        }
     }
 
     /// Mounts an image's tree on the host; it goes with the value.

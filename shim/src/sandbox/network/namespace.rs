@@ -72,7 +72,7 @@ impl Namespace {
         }
         if namespace.is_of_process() || path.starts_with("/proc") {
             let why = format!(
-                "{shown} is the namespace of another process; a pod has one of its own: leave the path empty, or name one made for it"
+                "{shown} is the network of another process, and machines share none (no --network container:NAME; a user-defined network connects both): leave the path empty, or name one made for the pod"
             );
             return Err(unsupported(FIELD, why));
         }
