@@ -146,6 +146,9 @@ pub struct MachineConfig {
     /// Slots for block devices.
     #[serde(default)]
     pub blocks: Vec<BlockConfig>,
+    /// The guest's agent is told to offer a debugging shell.
+    #[serde(default)]
+    pub debug_shell: bool,
     /// The machine's state folder; not part of the file.
     #[serde(skip)]
     pub state_dir: PathBuf,

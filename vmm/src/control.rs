@@ -52,6 +52,10 @@ enum RequestError {
 #[serde(tag = "op", rename_all = "kebab-case", deny_unknown_fields)]
 enum Request {
     Report {},
+    Console {
+        #[serde(default)]
+        from: u64,
+    },
     Pause {},
     Resume {},
     Stop {},
@@ -248,6 +252,10 @@ fn request(
             let report = serde_json::to_value(machine.report()).unwrap_or_default();
             return Ok(Some(report));
         }
+        Request::Console { from } => {
+            let piece = serde_json::to_value(machine.console(from)).unwrap_or_default();
+            return Ok(Some(piece));
+        }
         Request::Stop {} => return Ok(None),
         Request::Pause {} => machine.pause()?,
         Request::Resume {} => machine.resume()?,
@@ -297,6 +305,7 @@ mod tests {
         let parse = |text: &str| serde_json::from_str::<Request>(text);
         for good in [
             r#"{"op":"report"}"#,
+            r#"{"op":"console","from":4096}"#,
             r#"{"op":"pause"}"#,
             r#"{"op":"resume"}"#,
             r#"{"op":"stop"}"#,

@@ -8,6 +8,7 @@ use std::convert::Infallible;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use serde::Serialize;
 use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
@@ -25,9 +26,20 @@ pub struct ConsoleRing(Mutex<Ring>);
 #[derive(Default)]
 struct Ring {
     bytes: VecDeque<u8>,
+    /// Bytes ever pushed.
+    total: u64,
     line: Vec<u8>,
     panic: Option<String>,
     restart: bool,
+}
+
+/// A piece of the console's output.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+pub struct Piece {
+    /// Output as text.
+    pub text: String,
+    /// Number of the byte after it: where the next piece begins.
+    pub next: u64,
 }
 
 impl ConsoleRing {
@@ -44,6 +56,7 @@ impl ConsoleRing {
                 ring.bytes.pop_front();
             }
             ring.bytes.push_back(byte);
+            ring.total = ring.total.wrapping_add(1);
             if byte == b'\n' {
                 ring.end_line();
             } else if ring.line.len() < limits::CONSOLE_LINE_BYTES {
@@ -58,6 +71,19 @@ impl ConsoleRing {
         let skip = ring.bytes.len().saturating_sub(max);
         let bytes: Vec<u8> = ring.bytes.iter().skip(skip).copied().collect();
         String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// Output from byte number `from` on, or from the oldest that is kept; `max` bytes at most.
+    pub fn piece(&self, from: u64, max: usize) -> Piece {
+        let ring = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let oldest = ring.total.saturating_sub(ring.bytes.len() as u64);
+        let start = from.clamp(oldest, ring.total);
+        let skip = usize::try_from(start.saturating_sub(oldest)).unwrap_or(usize::MAX);
+        let bytes: Vec<u8> = ring.bytes.iter().skip(skip).take(max).copied().collect();
+        Piece {
+            text: String::from_utf8_lossy(&bytes).into_owned(),
+            next: start.saturating_add(bytes.len() as u64),
+        }
     }
 
     /// The kernel's first panic line, without its time stamp.
@@ -157,6 +183,22 @@ mod tests {
         ring.push(b"end");
         assert_eq!(ring.tail(usize::MAX).len(), limits::CONSOLE_BYTES);
         assert_eq!(ring.tail(4), "aend");
+    }
+
+    #[test]
+    fn pieces_follow_each_other_and_what_is_lost_is_passed_over() {
+        let ring = ConsoleRing::default();
+        ring.push(b"abcdef");
+        let piece = |from, max| {
+            let piece = ring.piece(from, max);
+            (piece.text, piece.next)
+        };
+        assert_eq!(piece(0, 4), ("abcd".into(), 4));
+        assert_eq!(piece(4, 4), ("ef".into(), 6));
+        assert_eq!(piece(6, 4), (String::new(), 6));
+        assert_eq!(piece(u64::MAX, 4), (String::new(), 6));
+        ring.push(&[b'x'; limits::CONSOLE_BYTES]);
+        assert_eq!(piece(0, 1), ("x".into(), 7));
     }
 
     #[test]

@@ -9,6 +9,7 @@ use bulkhead_vmm::control::Control;
 use bulkhead_vmm::log;
 use bulkhead_vmm::machine::builder;
 use bulkhead_vmm::machine::end::{End, EndReason, EndSender, end_channel};
+use bulkhead_vmm::machine::readiness::Readiness;
 use bulkhead_vmm::serial::ConsoleRing;
 use clap::Parser;
 use rustix::process::{Resource, getrlimit, setrlimit};
@@ -24,28 +25,28 @@ struct Arguments {
 }
 
 fn main() {
-    let started = Instant::now();
+    let readiness = Readiness::new(Instant::now());
     let arguments = Arguments::parse();
     log_to_stderr();
     let console = ConsoleRing::new();
-    record_panics(&arguments.state_dir, &console);
+    record_panics(&arguments.state_dir, &console, &readiness);
     raise_descriptor_limit();
-    let end = run(&arguments.state_dir, &console, started);
+    let end = run(&arguments.state_dir, &console, &readiness);
     tracing::info!(reason = ?end.reason, "{}", end.detail);
-    if let Err(error) = end.record(&arguments.state_dir, &console) {
+    if let Err(error) = end.record(&arguments.state_dir, &console, &readiness) {
         tracing::error!(%error, "cannot write exit.json");
     }
     // At once: vCPU and device threads end with the process.
     std::process::exit(end.reason.exit_code());
 }
 
-fn run(state_dir: &Path, console: &Arc<ConsoleRing>, started: Instant) -> End {
+fn run(state_dir: &Path, console: &Arc<ConsoleRing>, readiness: &Readiness) -> End {
     let config = match MachineConfig::load(state_dir) {
         Ok(config) => config,
         Err(error) => return failure(EndReason::ConfigInvalid, error),
     };
     let (sender, receiver) = end_channel();
-    let machine = match start(&config, console, sender, started) {
+    let machine = match start(&config, console, sender, readiness) {
         Ok(machine) => machine,
         Err(error) => return failure(EndReason::EngineFailed, error),
     };
@@ -65,11 +66,11 @@ fn start(
     config: &MachineConfig,
     console: &Arc<ConsoleRing>,
     sender: EndSender,
-    started: Instant,
+    readiness: &Readiness,
 ) -> anyhow::Result<Arc<bulkhead_vmm::machine::Machine>> {
     // Bound first, so that the shim can connect from the start.
     let control = Control::bind(&config.state_dir)?;
-    let machine = builder::build(config, console.clone(), sender.clone(), started)?;
+    let machine = builder::build(config, console.clone(), sender.clone(), readiness.clone())?;
     let machine = Arc::new(machine);
     control.serve(machine.clone(), sender)?;
     Ok(machine)
@@ -89,15 +90,16 @@ fn raise_descriptor_limit() {
 }
 
 /// A bug in this program ends the machine with a reason too.
-fn record_panics(state_dir: &Path, console: &Arc<ConsoleRing>) {
+fn record_panics(state_dir: &Path, console: &Arc<ConsoleRing>, readiness: &Readiness) {
     let (state_dir, console) = (state_dir.to_owned(), console.clone());
+    let readiness = readiness.clone();
     std::panic::set_hook(Box::new(move |info| {
         let end = End::new(
             EndReason::EngineFailed,
             format!("bug in bulkhead-vmm: {info}"),
         );
         tracing::error!("{}", end.detail);
-        let _ = end.record(&state_dir, &console);
+        let _ = end.record(&state_dir, &console, &readiness);
         std::process::abort();
     }));
 }

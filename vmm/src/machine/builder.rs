@@ -1,11 +1,11 @@
 //! From a configuration to a running machine.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use super::end::EndSender;
 use super::growth::Size;
-use super::{Engine, Machine, Readiness};
+use super::readiness::Readiness;
+use super::{Engine, Machine};
 use crate::config::{EngineKind, MachineConfig};
 use crate::engine::emulated::{EmulatedError, Emulator};
 use crate::engine::kvm::{KvmEngine, KvmError};
@@ -42,14 +42,13 @@ pub enum BuildError {
     Emulated(#[from] EmulatedError),
 }
 
-/// Builds and starts a machine. `started` is when this process was; `end` hears when the machine is over.
+/// Builds and starts a machine. `readiness` takes note of how that goes; `end` hears when the machine is over.
 pub fn build(
     config: &MachineConfig,
     console: Arc<ConsoleRing>,
     end: EndSender,
-    started: Instant,
+    readiness: Readiness,
 ) -> Result<Machine, BuildError> {
-    let readiness = Readiness::new(started);
     let slots: Vec<Arc<Slot>> = config
         .blocks
         .iter()
@@ -69,6 +68,7 @@ pub fn build(
             Engine::Emulated(Emulator::start(config, devices, console.clone(), end)?)
         }
     };
+    readiness.started();
     Ok(Machine {
         engine,
         slots,
@@ -111,7 +111,8 @@ fn devices(
     if let Some(fs) = &config.fs {
         let sockets = inherited_sockets(&fs.worker_fds).map_err(BuildError::WorkerFds)?;
         let device = Fs::new(&fs.tag, sockets, end.clone()).map_err(BuildError::Fs)?;
-        devices.push(Box::new(device));
+        let readiness = readiness.clone();
+        devices.push(Box::new(device.seen_by(move || readiness.booted())));
     }
     for slot in nets {
         devices.push(Box::new(Net::new(slot.clone())));

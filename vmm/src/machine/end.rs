@@ -6,6 +6,7 @@ use std::{fs, io};
 
 use serde::Serialize;
 
+use super::readiness::{Readiness, Times};
 use crate::limits;
 use crate::serial::ConsoleRing;
 
@@ -77,17 +78,25 @@ impl End {
     }
 
     /// Writes `exit.json` into a state folder: whole or not at all.
-    pub fn record(&self, state_dir: &Path, console: &ConsoleRing) -> io::Result<()> {
+    pub fn record(
+        &self,
+        state_dir: &Path,
+        console: &ConsoleRing,
+        readiness: &Readiness,
+    ) -> io::Result<()> {
         #[derive(Serialize)]
         struct Record<'a> {
             reason: EndReason,
             detail: &'a str,
             console: String,
+            #[serde(flatten)]
+            times: Times,
         }
         let record = Record {
             reason: self.reason,
             detail: &self.detail.replace(['\n', '\r'], " "),
             console: console.tail(limits::CONSOLE_TAIL_BYTES),
+            times: readiness.times(),
         };
         let temporary = state_dir.join("exit.json.new");
         fs::write(&temporary, serde_json::to_vec(&record)?)?;
@@ -145,13 +154,18 @@ mod tests {
         let console = ConsoleRing::new();
         console.push(b"tail");
         End::new(EndReason::EngineFailed, "a\nb")
-            .record(dir.path(), &console)
+            .record(
+                dir.path(),
+                &console,
+                &Readiness::new(std::time::Instant::now()),
+            )
             .unwrap();
         let text = fs::read_to_string(dir.path().join("exit.json")).unwrap();
         let value: serde_json::Value = serde_json::from_str(&text).unwrap();
         assert_eq!(value["reason"], "engine-failed");
         assert_eq!(value["detail"], "a b");
         assert_eq!(value["console"], "tail");
+        assert!(value["started_us"].is_null() && value["uptime_us"].is_u64());
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 }

@@ -3,21 +3,21 @@
 pub mod builder;
 pub mod end;
 pub mod growth;
+pub mod readiness;
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Instant;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::Serialize;
 
 use self::growth::{BeyondReserve, Size};
+use self::readiness::{Readiness, Times};
 use crate::config::EngineKind;
 use crate::engine::emulated::Emulator;
-use crate::engine::kvm::exits::ExitCounts;
 use crate::engine::kvm::{KvmEngine, KvmError, NotStopping};
 use crate::limits;
-use crate::serial::ConsoleRing;
+use crate::serial::{ConsoleRing, Piece};
 use crate::virtio::block::{BlockError, Slot};
 use crate::virtio::net::{self, Attachment, NetError};
 
@@ -58,43 +58,6 @@ pub enum MachineError {
     Emulator(#[source] std::io::Error),
 }
 
-/// When the guest first dialled the host, and what it took to get there.
-#[derive(Clone, Copy, Debug)]
-struct Ready {
-    at_us: u64,
-    exits: u64,
-}
-
-/// Takes note of the moment when the guest is ready.
-#[derive(Clone)]
-pub struct Readiness {
-    started: Instant,
-    exits: Arc<ExitCounts>,
-    ready: Arc<OnceLock<Ready>>,
-}
-
-impl Readiness {
-    fn new(started: Instant) -> Self {
-        Self {
-            started,
-            exits: Arc::default(),
-            ready: Arc::default(),
-        }
-    }
-
-    /// The guest is ready; only the first call counts.
-    pub fn mark(&self) {
-        self.ready.get_or_init(|| Ready {
-            at_us: self.elapsed_us(),
-            exits: self.exits.total(),
-        });
-    }
-
-    fn elapsed_us(&self) -> u64 {
-        u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX)
-    }
-}
-
 /// A machine that was started. It ends with the process.
 pub struct Machine {
     engine: Engine,
@@ -117,10 +80,10 @@ pub struct Report {
     state: &'static str,
     vcpus: u8,
     memory_mib: u64,
-    uptime_us: u64,
+    #[serde(flatten)]
+    times: Times,
     exits: BTreeMap<&'static str, u64>,
     exits_until_ready: Option<u64>,
-    ready_us: Option<u64>,
     vmm_pid: u32,
     emulator_pid: Option<u32>,
     console: String,
@@ -176,7 +139,6 @@ impl Machine {
     pub fn report(&self) -> Report {
         let paused = *lock(&self.paused);
         let size = lock(&self.size);
-        let ready = self.readiness.ready.get();
         let (kind, emulator_pid) = match &self.engine {
             Engine::Kvm(_) => (EngineKind::Kvm, None),
             Engine::Emulated(emulator) => (EngineKind::Emulated, Some(emulator.pid())),
@@ -188,18 +150,22 @@ impl Machine {
             state: if paused { "paused" } else { "running" },
             vcpus: size.vcpus(),
             memory_mib: size.memory_mib(),
-            uptime_us: self.readiness.elapsed_us(),
+            times: self.readiness.times(),
             exits: if counted {
                 self.exits()
             } else {
                 BTreeMap::new()
             },
-            exits_until_ready: ready.filter(|_| counted).map(|ready| ready.exits),
-            ready_us: ready.map(|ready| ready.at_us),
+            exits_until_ready: self.readiness.exits_until_ready().filter(|_| counted),
             vmm_pid: std::process::id(),
             emulator_pid,
             console: self.console.tail(limits::CONSOLE_TAIL_BYTES),
         }
+    }
+
+    /// Console output from byte `from` on, as far as it is kept, in pieces.
+    pub fn console(&self, from: u64) -> Piece {
+        self.console.piece(from, limits::CONSOLE_TAIL_BYTES)
     }
 
     /// VM exits so far, by kind.

@@ -14,6 +14,9 @@ use super::layout;
 const BASE: &str = "console=ttyS0 quiet panic=-1 reboot=k tsc=reliable no_timer_check \
                     8250.nr_uarts=1 random.trust_cpu=on swiotlb=noforce";
 
+/// Tells the agent to offer a debugging shell: a parameter with a dot goes to nobody else.
+pub const DEBUG_SHELL: &str = " bulkhead.debug_shell";
+
 /// One virtio-mmio device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MmioSlot {
@@ -33,9 +36,12 @@ pub fn held_back(vcpus: u8, most: u8) -> String {
 }
 
 /// The line for a machine with these CPUs and these devices, in this order.
-pub fn build(vcpus: u8, most_vcpus: u8, slots: &[MmioSlot]) -> String {
+pub fn build(vcpus: u8, most_vcpus: u8, slots: &[MmioSlot], debug_shell: bool) -> String {
     let mut line = BASE.to_owned();
     line.push_str(&held_back(vcpus, most_vcpus));
+    if debug_shell {
+        line.push_str(DEBUG_SHELL);
+    }
     for slot in slots {
         line.push_str(&format!(
             " virtio_mmio.device={}K@{:#x}:{}",
@@ -60,10 +66,13 @@ mod tests {
                 irq,
             })
             .collect();
-        let line = build(2, 32, &slots);
+        let line = build(2, 32, &slots, false);
+        assert!(!line.contains("bulkhead"));
+        let line = build(2, 32, &slots, true);
+        assert!(line.contains(" bulkhead.debug_shell virtio_mmio"));
         assert!(line.starts_with("console=ttyS0"));
         assert!(line.contains(" maxcpus=2 "));
-        assert!(!build(2, 2, &slots).contains("maxcpus"));
+        assert!(!build(2, 2, &slots, false).contains("maxcpus"));
         assert!(
             line.contains(
                 " virtio_mmio.device=4K@0xd0000000:9 virtio_mmio.device=4K@0xd0001000:10"

@@ -115,7 +115,12 @@ pub fn arguments(config: &MachineConfig, frontends: &[Frontend], tsc_khz: u64) -
         list.push(value.into());
     };
     let memory_object = format!("memory-backend-memfd,id=ram,share=on,size={memory}M");
-    let mut command_line = format!("{COMMAND_LINE} tsc_early_khz={tsc_khz}");
+    let debug = if config.debug_shell {
+        cmdline::DEBUG_SHELL
+    } else {
+        ""
+    };
+    let mut command_line = format!("{COMMAND_LINE} tsc_early_khz={tsc_khz}{debug}");
     command_line.push_str(&cmdline::held_back(config.vcpus, config.vcpus_max()));
     if let (true, Some(last)) = (
         config.reserve_bytes() > 0,

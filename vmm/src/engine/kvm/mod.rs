@@ -300,7 +300,8 @@ fn load_guest(
 ) -> Result<GuestAddress, KvmError> {
     let kernel = images::load_kernel(memory, &config.kernel)?;
     let initramfs = images::load_initramfs(memory, &kernel, &config.initramfs)?;
-    let line = cmdline::build(config.vcpus, config.vcpus_max(), slots);
+    let most = config.vcpus_max();
+    let line = cmdline::build(config.vcpus, most, slots, config.debug_shell);
     let params = boot_params::build(config.memory_bytes(), Some(initramfs), line.len());
     let write = |what, bytes: &[u8], address| {
         memory

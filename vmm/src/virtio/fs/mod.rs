@@ -61,11 +61,15 @@ pub enum FsError {
     },
 }
 
+/// Called at each request.
+type Seen = Arc<dyn Fn() + Send + Sync>;
+
 /// The device.
 pub struct Fs {
     config: [u8; TAG_LEN + 4],
     sockets: Vec<Arc<OwnedFd>>,
     end: EndSender,
+    seen: Seen,
     running: Option<Running>,
 }
 
@@ -101,8 +105,15 @@ impl Fs {
             config,
             sockets,
             end,
+            seen: Arc::new(|| ()),
             running: None,
         })
+    }
+
+    /// The device, with `seen` called at each request: the first shows that the guest's kernel is up.
+    pub fn seen_by(mut self, seen: impl Fn() + Send + Sync + 'static) -> Self {
+        self.seen = Arc::new(seen);
+        self
     }
 }
 
@@ -166,6 +177,7 @@ impl VirtioDevice for Fs {
                 queues: shared.clone(),
                 leader: leader.clone(),
                 end: self.end.clone(),
+                seen: self.seen.clone(),
             };
             let thread = std::thread::Builder::new()
                 .name(format!("fs-{index}"))

@@ -159,6 +159,8 @@ pub struct Worker {
     pub leader: Arc<Mutex<()>>,
     /// Hears that the file server is gone.
     pub end: EndSender,
+    /// Called at each request.
+    pub seen: Arc<dyn Fn() + Send + Sync>,
 }
 
 impl Worker {
@@ -174,6 +176,7 @@ impl Worker {
                 Next::Stop => return,
                 Next::HangUp => return self.file_server_died("it closed its sockets"),
             };
+            (self.seen)();
             let result = self.serve(&chain);
             let written = match &result {
                 Ok(written) => *written,
