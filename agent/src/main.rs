@@ -2,6 +2,7 @@
 
 mod boot;
 mod container;
+mod debug;
 mod error;
 mod growth;
 mod network;
@@ -25,6 +26,9 @@ fn main() {
         .is_some_and(|arg| arg == container::control::COPY_ARG)
     {
         container::enter::main(args.get(2..).unwrap_or_default());
+    }
+    if args.get(1).is_some_and(|arg| arg == debug::COPY_ARG) {
+        debug::become_program(args.get(2..).unwrap_or_default());
     }
     if !rustix::process::getpid().is_init() {
         eprintln!(

@@ -18,7 +18,7 @@ use bulkhead_protocol::{
         WatchPortsRequest, WatchPortsResponse,
     },
     agent_ttrpc::{self, Agent},
-    limits::{AGENT_PORT, FORWARD_PORT, READY_PORT, STREAM_HEADER_MAX, STREAM_PORT},
+    limits::{AGENT_PORT, DEBUG_PORT, FORWARD_PORT, READY_PORT, STREAM_HEADER_MAX, STREAM_PORT},
     stream::StreamHeader,
 };
 use futures_core::Stream;
@@ -29,6 +29,7 @@ use ttrpc::r#async::{Server, TtrpcContext, transport::Listener};
 use crate::{
     boot::PODS,
     container::cgroup::Cgroup,
+    debug::{self, Shell},
     error::Error,
     network::{forward::Forwarder, ports::Watcher},
     pod::{Exit, Pod},
@@ -66,6 +67,16 @@ pub async fn serve(pod: Arc<Pod>) -> anyhow::Result<()> {
             tokio::spawn(async move { forwarder.serve(connection).await });
         }
     });
+    if debug::is_allowed() {
+        let shells = HostOnly(listen(DEBUG_PORT)?);
+        let shell = Arc::new(Shell::new(pod.reaper()));
+        tokio::spawn(async move {
+            while let Ok(connection) = shells.accept().await {
+                let shell = Arc::clone(&shell);
+                tokio::spawn(async move { shell.serve(connection).await });
+            }
+        });
+    }
     loop {
         let connection = streams.accept().await.context("accept a stream")?;
         let pod = Arc::clone(&pod);

@@ -1,6 +1,7 @@
 //! What the shim and the agent say to each other: the service, the stdio streams' header, ports and limits; and what both must know
 //! of the OCI specification. Used by both, uses nothing of ours.
 
+pub mod debug;
 pub mod features;
 pub mod fields;
 pub mod forward;

@@ -10,6 +10,14 @@ pub const READY_PORT: u32 = 1026;
 pub const FORWARD_PORT: u32 = 1027;
 /// Host port that leads to the resolver on 127.0.0.11 of the pod's namespace.
 pub const RESOLVER_PORT: u32 = 1028;
+/// Guest port of the debugging shell, where the machine allows one.
+pub const DEBUG_PORT: u32 = 1029;
+/// Debugging shells at one time.
+pub const DEBUG_SESSIONS_MAX: usize = 8;
+/// Longest header line of a debugging shell, in bytes.
+pub const DEBUG_HEADER_MAX: usize = 64 * 1024;
+/// Bytes in one frame of a debugging shell.
+pub const DEBUG_FRAME_MAX: usize = 32 * 1024;
 /// Empty network devices that a machine has at boot.
 pub const NET_SLOTS: usize = 4;
 /// Addresses of one interface.

@@ -48,6 +48,11 @@ impl Pty {
         Ok(Self { master, slave })
     }
 
+    /// Both ends: the master, then the slave.
+    pub fn into_parts(self) -> (OwnedFd, OwnedFd) {
+        (self.master, self.slave)
+    }
+
     /// Binds the slave over `/dev/console`, as an init expects it.
     pub fn bind_console(&self, root: BorrowedFd<'_>) -> Result<()> {
         let what = || "process.terminal: bind /dev/console".to_string();
