@@ -45,6 +45,8 @@ pub struct Config {
     pub vcpus: u64,
     /// Memory of a machine in MiB.
     pub memory_mib: u64,
+    /// Guests offer a debugging shell to `bulkhead exec`; weaker, as root of the host then rules inside, too.
+    pub debug_shell: bool,
     /// `bulkhead-vmm`.
     pub vmm: PathBuf,
     /// `bulkhead-fs`.
@@ -61,6 +63,7 @@ struct File {
     qemu: Option<String>,
     vcpus: Option<u64>,
     memory_mib: Option<u64>,
+    debug_shell: bool,
 }
 
 /// Why there is no configuration.
@@ -128,6 +131,7 @@ impl Config {
             qemu: file.qemu.unwrap_or_else(|| "qemu-system-x86_64".into()),
             vcpus: file.vcpus.unwrap_or(1),
             memory_mib: file.memory_mib.unwrap_or(512),
+            debug_shell: file.debug_shell,
             vmm: beside.join("bulkhead-vmm"),
             fs: beside.join("bulkhead-fs"),
         };
@@ -200,6 +204,7 @@ mod tests {
         assert_eq!(config.initramfs, Path::new("/opt/bulkhead/initramfs.cpio"));
         assert_eq!(config.vmm, Path::new("/opt/bulkhead/bulkhead-vmm"));
         assert_eq!((config.vcpus, config.memory_mib), (1, 512));
+        assert!(!config.debug_shell);
     }
 
     #[test]

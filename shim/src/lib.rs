@@ -14,6 +14,7 @@ pub mod hooks;
 pub mod keeper;
 pub mod logging;
 pub mod mounts;
+pub mod operator;
 pub mod refusal;
 pub mod sandbox;
 pub mod sandbox_api;

@@ -71,10 +71,12 @@ impl Write for Line<'_> {
 
 impl Drop for Line<'_> {
     fn drop(&mut self) {
-        if let Some(last) = self.text.last_mut().filter(|b| **b != b'\n') {
-            *last = b'\n';
-        }
-        let _ = self.fifo.write_all(&self.text);
+        // One line an event: an error may have several.
+        let text = String::from_utf8_lossy(&self.text);
+        let mut line = text.trim_end().replace('\n', " | ").into_bytes();
+        line.truncate(LINE_MAX.saturating_sub(1));
+        line.push(b'\n');
+        let _ = self.fifo.write_all(&line);
     }
 }
 
@@ -93,11 +95,15 @@ mod tests {
         line.write_all(b"hello\n").unwrap();
         drop(line);
         let mut line = log.make_writer();
+        line.write_all(b"first\n  second\n").unwrap();
+        drop(line);
+        let mut line = log.make_writer();
         line.write_all(&[b'x'; 10_000]).unwrap();
         drop(line);
         let text = std::fs::read_to_string(file.path()).unwrap();
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines[0], "pod=a hello");
-        assert_eq!(lines[1].len(), LINE_MAX - 1);
+        assert_eq!(lines[1], "pod=a first |   second");
+        assert_eq!(lines[2].len(), LINE_MAX - 1);
     }
 }

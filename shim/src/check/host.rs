@@ -82,12 +82,22 @@ pub fn check_kernel(path: &Path) -> Result<String, String> {
     })
 }
 
-fn segments_end(path: &Path, offset: u64, entry_size: u16, count: u16) -> Result<u64, String> {
+fn program_headers(
+    path: &Path,
+    offset: u64,
+    entry_size: u16,
+    count: u16,
+) -> Result<Vec<u8>, String> {
     use std::os::unix::fs::FileExt;
     let mut headers = vec![0; usize::from(entry_size) * usize::from(count)];
     File::open(path)
         .and_then(|f| f.read_exact_at(&mut headers, offset))
         .map_err(|e| e.to_string())?;
+    Ok(headers)
+}
+
+fn segments_end(path: &Path, offset: u64, entry_size: u16, count: u16) -> Result<u64, String> {
+    let headers = program_headers(path, offset, entry_size, count)?;
     let ends = headers
         .chunks(usize::from(entry_size).max(1))
         .filter(|header| header.get(..4) == Some([1, 0, 0, 0].as_slice()))
@@ -111,6 +121,24 @@ pub fn check_program(path: &Path) -> Result<String, String> {
         return Err("is not an executable file".into());
     }
     Ok(format!("{} KiB", data.len() >> 10))
+}
+
+/// Whether a program needs no other file to run.
+pub fn check_static(path: &Path) -> Result<(), String> {
+    check_program(path)?;
+    let (head, _) = head::<64>(path)?;
+    if head.get(..4) != Some(b"\x7fELF".as_slice()) {
+        return Err("is not an ELF file".into());
+    }
+    let (offset, entry_size, count) = (u64_at(&head, 32), u16_at(&head, 54), u16_at(&head, 56));
+    // A program header of type PT_INTERP names the loader.
+    let interpreter = program_headers(path, offset, entry_size, count)?
+        .chunks(usize::from(entry_size).max(1))
+        .any(|header| header.get(..4) == Some([3, 0, 0, 0].as_slice()));
+    if interpreter {
+        return Err("is not statically linked".into());
+    }
+    Ok(())
 }
 
 fn head<const N: usize>(path: &Path) -> Result<([u8; N], u64), String> {
@@ -154,7 +182,8 @@ pub fn version_of(program: &str) -> Result<(String, (u32, u32)), String> {
     parse_version(&text).ok_or_else(|| format!("{program} --version says nothing of a version"))
 }
 
-fn parse_version(text: &str) -> Option<(String, (u32, u32))> {
+/// The first version in a text, with its first two numbers.
+pub fn parse_version(text: &str) -> Option<(String, (u32, u32))> {
     text.split_whitespace().find_map(|word| {
         let word = word.strip_prefix('v').unwrap_or(word);
         let mut parts = word.split('.');
@@ -164,6 +193,16 @@ fn parse_version(text: &str) -> Option<(String, (u32, u32))> {
         let minor = minor.get(..digits.unwrap_or(minor.len()))?.parse().ok()?;
         Some((word.to_owned(), (major, minor)))
     })
+}
+
+/// A program by its path, or by its name in `PATH`.
+pub fn find_program(program: &str) -> Option<PathBuf> {
+    if program.contains('/') {
+        return check_program(Path::new(program))
+            .is_ok()
+            .then(|| program.into());
+    }
+    in_path(program)
 }
 
 /// Where a program is in `PATH`.
@@ -214,6 +253,17 @@ mod tests {
         elf[64 + 32] = 200;
         assert!(why(&elf).contains("a segment"));
         assert!(check_kernel(Path::new("/no/such")).is_err());
+    }
+
+    #[test]
+    fn programs_that_need_a_loader_are_told_from_static_ones() {
+        assert!(
+            check_static(&std::env::current_exe().unwrap())
+                .unwrap_err()
+                .contains("statically")
+        );
+        assert!(check_static(Path::new("/etc/passwd")).is_err());
+        assert!(check_static(Path::new("/no/such")).is_err());
     }
 
     #[test]

@@ -3,12 +3,16 @@
 pub mod host;
 pub mod kvm;
 
-use std::{fmt, path::Path};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+};
 
 use serde::Serialize;
 
 use crate::{
     config::{Config, Engine, Error as ConfigError},
+    operator,
     sandbox::network,
 };
 
@@ -111,6 +115,9 @@ pub fn check(config: Result<Config, ConfigError>) -> Report {
     if let Ok(config) = &config {
         items.extend(installed(config));
     }
+    if config.as_ref().is_ok_and(|c| c.debug_shell) {
+        items.push(debug_shell_item());
+    }
     items.extend([containerd_item(), shim_item()]);
     items.push(network_item());
     items.extend(vhost_items());
@@ -211,6 +218,44 @@ fn kvm_speed() -> Item {
     item("kvm speed", Stops::Kvm, result)
 }
 
+/// What the check says against engine `kvm` on this host, with what to do: for errors of machines that did not start.
+pub fn kvm_trouble() -> Option<String> {
+    let trouble = || {
+        let bad = [kvm_device(), kvm_speed()];
+        bad.into_iter().find(|item| item.status == Status::No)
+    };
+    // Twice: a busy host can look slow once.
+    let bad = trouble().and_then(|_| trouble())?;
+    Some(match bad.todo {
+        Some(todo) => format!("{}; {todo}", bad.text),
+        None => bad.text,
+    })
+}
+
+/// Whether what the configured engine needs is there, as far as that is known at once.
+pub fn engine_present(config: &Config) -> Result<(), (PathBuf, String)> {
+    match config.engine {
+        Engine::Kvm => match kvm_device() {
+            Item {
+                status: Status::No,
+                text,
+                todo,
+                ..
+            } => {
+                let why = text.strip_prefix("/dev/kvm: ").unwrap_or(&text);
+                let todo = todo.unwrap_or_default();
+                Err(("/dev/kvm".into(), format!("{why}: {todo}")))
+            }
+            _ => Ok(()),
+        },
+        Engine::Emulated if host::find_program(&config.qemu).is_none() => {
+            let why = format!("is not installed: {QEMU_TODO}");
+            Err((config.qemu.clone().into(), why))
+        }
+        Engine::Emulated => Ok(()),
+    }
+}
+
 fn kernel_items() -> Vec<Item> {
     let (release, version) = host::kernel_release();
     let kernel = if version >= (5, 10) {
@@ -257,15 +302,16 @@ fn kernel_items() -> Vec<Item> {
     ]
 }
 
+const QEMU_TODO: &str = "install QEMU 10 or newer (Debian 12: from bookworm-backports)";
+
 fn qemu_item(program: &str) -> Item {
-    let todo = "install QEMU 10 or newer (Debian 12: from bookworm-backports)";
     let result = match host::version_of(program) {
         Ok((text, version)) if version >= (10, 0) => Ok(format!("{program} {text}")),
         Ok((text, _)) => Err((
             format!("{program} {text} is too old: its TCG is faulty"),
-            todo,
+            QEMU_TODO,
         )),
-        Err(why) => Err((why, todo)),
+        Err(why) => Err((why, QEMU_TODO)),
     };
     item("qemu", Stops::Emulated, result)
 }
@@ -308,6 +354,17 @@ fn installed(config: &Config) -> Vec<Item> {
             item(name, Stops::Installed, result)
         })
         .collect()
+}
+
+/// Named because it weakens: what is not there is not mentioned.
+fn debug_shell_item() -> Item {
+    let todo = "take the key out where it is not needed; pods keep what they were started with";
+    item(
+        "debug shell",
+        Stops::Installed,
+        Err((operator::shell::weakening(), todo)),
+    )
+    .or_warn()
 }
 
 fn containerd_item() -> Item {

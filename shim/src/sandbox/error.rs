@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf, sync::Arc};
 
-use super::{control, machine::End, state};
+use super::{control, machine::End, postmortem::PostMortem, state};
 
 /// Why a pod does not run.
 #[derive(Debug, thiserror::Error)]
@@ -40,16 +40,14 @@ pub enum Error {
         source: io::Error,
     },
     /// The machine ended.
-    #[error("the pod's machine ended: {0}")]
+    #[error("{}", PostMortem::of(.0))]
     Ended(Arc<End>),
-    /// The agent did not call.
-    #[error("the agent was not ready after {seconds} s; console: {console}")]
-    NotReady {
-        /// The limit.
-        seconds: u64,
-        /// What the machine last said.
-        console: String,
-    },
+    /// The agent did not call, or never will.
+    #[error("{0}")]
+    NotReady(Box<PostMortem>),
+    /// Asked for too early.
+    #[error("the pod's agent is not ready yet")]
+    NoAgent,
     /// The agent cannot be reached.
     #[error("connecting to the agent: {0}")]
     Agent(#[source] io::Error),

@@ -12,7 +12,12 @@ use serde::{Deserialize, Serialize};
 
 use bulkhead_protocol::limits::NET_SLOTS;
 
-use super::{growth::Sizing, network, state::write_private};
+use super::{
+    growth::Sizing,
+    network,
+    state::write_private,
+    timeline::{OfVmm, Stages},
+};
 use crate::config::{Config, Engine};
 
 /// Longest `exit.json` that is read.
@@ -43,6 +48,7 @@ struct Machine<'a> {
     fs: Fs,
     net: Vec<Net>,
     blocks: [(); 0],
+    debug_shell: bool,
 }
 
 #[derive(Serialize)]
@@ -90,6 +96,7 @@ pub fn write_machine(
             })
             .collect(),
         blocks: [],
+        debug_shell: config.debug_shell,
     };
     let text = serde_json::to_string(&machine).map_err(io::Error::other)?;
     write_private(&dir.join("machine.json"), &text)
@@ -106,6 +113,15 @@ pub struct End {
     /// The console's last bytes.
     #[serde(default)]
     pub console: String,
+    /// How far the machine came.
+    #[serde(flatten)]
+    pub of_vmm: OfVmm,
+    /// How far the pod's start came.
+    #[serde(skip)]
+    pub stages: Stages,
+    /// What to do about it, if that is known.
+    #[serde(skip)]
+    pub advice: String,
 }
 
 impl End {
@@ -126,7 +142,7 @@ impl End {
         Self {
             reason: "vmm-died".into(),
             detail: detail.trim_end().into(),
-            console: String::new(),
+            ..Self::default()
         }
     }
 
@@ -144,7 +160,7 @@ impl End {
     }
 }
 
-/// `reason: detail; console: last lines`, without control characters.
+/// For the log, in one line: `reason: detail; console: last lines`, without control characters.
 impl fmt::Display for End {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.reason)?;
@@ -170,11 +186,17 @@ pub fn printable(text: &str, max: usize) -> String {
         .filter(|line| !line.is_empty())
         .map(|line| {
             line.chars()
-                .map(|c| if c.is_control() { '?' } else { c })
+                .map(|c| if is_shown(c) { c } else { '?' })
                 .collect::<String>()
         })
         .collect::<Vec<_>>()
         .join(" | ")
+}
+
+/// Whether a character of the guest's may reach a terminal: no control, and none that turns the direction of writing.
+pub fn is_shown(c: char) -> bool {
+    !c.is_control()
+        && !matches!(c, '\u{200e}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 fn last_line(file: &Path) -> String {
@@ -219,7 +241,7 @@ mod tests {
         let expected = serde_json::json!({
             "engine": "kvm", "kernel": "/opt/vmlinux", "initramfs": "/opt/initramfs.cpio", "vcpus": 2,
             "memory_mib": 256, "vcpus_max": 4, "memory_max_mib": 1024, "qemu": "qemu-system-x86_64", "vsock": { "cid": 3 },
-            "fs": { "tag": "pod", "worker_fds": [fds[0].as_raw_fd()] }, "blocks": [],
+            "fs": { "tag": "pod", "worker_fds": [fds[0].as_raw_fd()] }, "blocks": [], "debug_shell": false,
             "net": [{ "id": "n0", "mac": "02:62:6b:00:00:00" }, { "id": "n1", "mac": "02:62:6b:00:00:01" },
                     { "id": "n2", "mac": "02:62:6b:00:00:02" }, { "id": "n3", "mac": "02:62:6b:00:00:03" }]
         });

@@ -11,12 +11,16 @@
 pub mod adopt;
 pub mod control;
 mod error;
+mod failure;
 pub mod growth;
 pub mod machine;
 pub mod network;
+pub mod postmortem;
+pub mod record;
 pub mod rest;
 pub mod spawn;
 pub mod state;
+pub mod timeline;
 pub mod vsock;
 
 use std::{
@@ -32,11 +36,7 @@ use bulkhead_protocol::{
     agent_ttrpc::AgentClient,
     limits::{AGENT_PORT, READY_PORT},
 };
-use tokio::{
-    net::UnixListener,
-    sync::watch,
-    time::{sleep, timeout},
-};
+use tokio::{net::UnixListener, sync::watch, time::timeout};
 use ttrpc::context::{self, Context};
 
 pub use self::error::Error;
@@ -44,9 +44,11 @@ use self::{
     growth::{Growth, Sizing},
     machine::{End, Size},
     network::{Network, namespace::Namespace, note},
+    record::{Book, Record},
     rest::Rest,
     spawn::{Helper, Net},
     state::{Owner, ProcessId},
+    timeline::{Stage, Timeline},
 };
 use crate::{
     check,
@@ -55,10 +57,6 @@ use crate::{
     mounts::Tree,
 };
 
-/// How long a machine may take until its agent is ready.
-const READY_KVM: Duration = Duration::from_secs(60);
-/// The same, with software as CPU.
-const READY_EMULATED: Duration = Duration::from_secs(120);
 /// How long the guest may take to power off before it is stopped from outside.
 const POWER_OFF: Duration = Duration::from_secs(3);
 /// How long the VMM may take to see that its file server is gone.
@@ -84,7 +82,9 @@ pub struct Pod {
     files: control::Client,
     network: Arc<Network>,
     life: watch::Receiver<Life>,
-    ready_limit: Duration,
+    engine: Engine,
+    timeline: Arc<Timeline>,
+    book: Arc<Book>,
 }
 
 impl Pod {
@@ -96,12 +96,14 @@ impl Pod {
         bundle: &Path,
         sizing: Sizing,
         network: Namespace,
+        timeline: Arc<Timeline>,
     ) -> Result<(Arc<Self>, UnixListener), Error> {
         let dir = state::pod_dir(&config.state, namespace, id)?;
-        let name = format!("{namespace}/{id}");
-        clear_stale(&dir, &name)?;
+        let record = Record::new(namespace, id, config, sizing.start);
+        clear_stale(&dir, &format!("{namespace}/{id}"))?;
         state::make_private_dir(&dir).map_err(state_error(&dir))?;
-        let started = Self::start_in(config, name, &dir, bundle, sizing, network);
+        let of = (record, timeline);
+        let started = Self::start_in(config, of, &dir, bundle, sizing, network);
         if started.is_err() {
             state::kill_children(&dir);
             let _ = state::remove_dir(&dir);
@@ -111,7 +113,7 @@ impl Pod {
 
     fn start_in(
         config: &Config,
-        name: String,
+        (record, timeline): (Record, Arc<Timeline>),
         dir: &Path,
         bundle: &Path,
         sizing: Sizing,
@@ -122,6 +124,11 @@ impl Pod {
                 "engine \"emulated\": the guest runs on a software CPU, which is no wall"
             );
         }
+        if config.debug_shell {
+            tracing::warn!("debug_shell: the guest offers a shell to root of the host");
+        }
+        let name = format!("{}/{}", record.namespace, record.id);
+        let book = Arc::new(Book::open(dir, record).map_err(state_error(dir))?);
         let keeper = i32::try_from(keeper::pid()).ok().and_then(ProcessId::of);
         let owner = keeper.zip(state::bundle_inode(bundle));
         if let Some((shim, bundle)) = owner {
@@ -159,12 +166,14 @@ impl Pod {
                 return Err(error);
             }
         };
+        timeline.end(Stage::Vmm);
         let (tx, life) = watch::channel(Life::Runs);
         tokio::spawn(watch_helpers(
             (vmm, vmm_id),
             (fs, fs_id),
             dir.to_owned(),
             network.clone(),
+            (timeline.clone(), book.clone()),
             tx,
         ));
         let pod = Self {
@@ -178,7 +187,9 @@ impl Pod {
             files: control::Client::new(dir.join("fs.sock")),
             network,
             life,
-            ready_limit: ready_limit(config.engine),
+            engine: config.engine,
+            timeline,
+            book,
         };
         Ok((Arc::new(pod), ready))
     }
@@ -196,6 +207,7 @@ impl Pod {
             let socket = ttrpc::r#async::transport::Socket::from(stream);
             let client = AgentClient::new(ttrpc::r#async::Client::new(socket));
             let _ = self.agent.set(client);
+            self.timeline.end(Stage::Agent);
             Ok(())
         };
         tokio::select! {
@@ -205,10 +217,7 @@ impl Pod {
                 Err(error @ Error::Agent(_)) => Err(self.explain(error).await),
                 result => result,
             },
-            () = sleep(self.ready_limit) => Err(Error::NotReady {
-                seconds: self.ready_limit.as_secs(),
-                console: self.console().await,
-            }),
+            error = self.lateness() => Err(error),
         }
     }
 
@@ -218,22 +227,6 @@ impl Pod {
             Ok(end) => Error::Ended(end),
             Err(_) => error,
         }
-    }
-
-    async fn console(&self) -> String {
-        let report = timeout(
-            Duration::from_secs(2),
-            self.control.request(control::op("report"), Vec::new()),
-        );
-        let console = match report.await {
-            Ok(Ok(report)) => report
-                .get("console")
-                .and_then(|c| c.as_str())
-                .unwrap_or_default()
-                .to_owned(),
-            _ => String::new(),
-        };
-        machine::printable(&console, 600)
     }
 
     /// `<namespace>/<id>`.
@@ -296,10 +289,7 @@ impl Pod {
         if let Some(end) = self.end() {
             return Err(Error::Ended(end));
         }
-        self.agent.get().ok_or(Error::NotReady {
-            seconds: 0,
-            console: String::new(),
-        })
+        self.agent.get().ok_or(Error::NoAgent)
     }
 
     /// Why the machine ended, if it did.
@@ -436,19 +426,19 @@ fn preflight_blocking(config: &Config) -> Result<(), Error> {
     check::host::check_kernel(&config.kernel).map_err(file("kernel", &config.kernel))?;
     check::host::check_initramfs(&config.initramfs)
         .map_err(file("initramfs", &config.initramfs))?;
-    Ok(())
+    for (what, program) in [("bulkhead-vmm", &config.vmm), ("bulkhead-fs", &config.fs)] {
+        check::host::check_program(program).map_err(file(what, program))?;
+    }
+    check::engine_present(config).map_err(|(path, why)| Error::File {
+        what: "engine",
+        path,
+        why,
+    })
 }
 
 /// A context with a time limit for a call to the agent.
 pub fn deadline(limit: Duration) -> Context {
     context::with_duration(limit)
-}
-
-fn ready_limit(engine: Engine) -> Duration {
-    match engine {
-        Engine::Kvm => READY_KVM,
-        Engine::Emulated => READY_EMULATED,
-    }
 }
 
 fn state_error(path: &Path) -> impl FnOnce(io::Error) -> Error {
@@ -499,6 +489,7 @@ async fn watch_helpers(
     (mut fs, fs_id): (Helper, ProcessId),
     dir: PathBuf,
     network: Arc<Network>,
+    (timeline, book): (Arc<Timeline>, Arc<Book>),
     life: watch::Sender<Life>,
 ) {
     let mut fs_first = false;
@@ -522,6 +513,8 @@ async fn watch_helpers(
         end.reason = "file-server-died".into();
         end.detail = "bulkhead-fs ended".into();
     }
+    timeline.of_vmm(end.of_vmm);
+    end.stages = timeline.now();
     let end = Arc::new(end);
     if end.is_orderly() {
         tracing::info!(%end, "the machine ended");
@@ -542,6 +535,7 @@ async fn watch_helpers(
     let removed = tokio::task::spawn_blocking(move || {
         vmm_id.wait_gone(Duration::from_secs(3));
         network.close();
+        book.close();
         state::remove_dir(&leftovers)
     });
     if let Ok(Err(error)) = removed.await {

@@ -198,7 +198,7 @@ fn processes() -> impl Iterator<Item = ProcessId> {
 }
 
 /// Whether a process was started with `--state-dir <dir>`.
-fn has_argument(pid: i32, dir: &Path) -> bool {
+pub fn has_argument(pid: i32, dir: &Path) -> bool {
     let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     let mut args = line.split(|&b| b == 0);
     args.any(|arg| arg == b"--state-dir") && args.next() == Some(dir.as_os_str().as_bytes())

@@ -4,6 +4,7 @@ use std::{
     collections::HashMap,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Instant,
 };
 
 use bulkhead_protocol::{agent, limits::CONTAINERS_MAX};
@@ -28,6 +29,7 @@ use crate::{
         self, Pod, deadline,
         network::{self, namespace::Namespace},
         state::check_id,
+        timeline::{Stage, short},
         vsock,
     },
     spec::{self, Cpus, Guest, Host, Spec},
@@ -40,6 +42,8 @@ impl Shared {
         self: &Arc<Self>,
         req: &CreateTaskRequest,
     ) -> Result<CreateTaskResponse, Error> {
+        self.timeline.end(Stage::Shim);
+        let begun = Instant::now();
         check_id("id", &req.id)?;
         let there = self.container(&req.id).ok();
         if let Some(container) = there.filter(|c| c.is_asked_again()) {
@@ -57,6 +61,7 @@ impl Shared {
                 return Err(error);
             }
         };
+        tracing::info!(container = req.id, took = %short(begun.elapsed()), "created");
         let mut response = CreateTaskResponse::new();
         response.pid = container.made.host_pid;
         Ok(response)
@@ -148,7 +153,10 @@ impl Shared {
         if pod.end().is_some() {
             self.machine_ended(&pod).await;
         }
-        tracing::info!(container = req.id, "created");
+        self.note_containers(&pod);
+        if req.id == self.pod_id {
+            pod.note_start();
+        }
         Ok(container)
     }
 
@@ -198,32 +206,29 @@ impl Shared {
             bundle,
             sizing,
             network,
+            self.timeline.clone(),
         )?;
         self.state().pod = Some(pod.clone());
         self.watch_machine(&pod);
         // The rootfs and the taps are prepared while the guest boots.
         let started = async {
-            tokio::try_join!(
-                pod.ready(ready),
-                pod.add_trees(trees),
-                pod.prepare_network()
-            )?;
+            let rootfs = async {
+                pod.add_trees(trees).await?;
+                pod.stage_ended(Stage::Rootfs);
+                Ok(())
+            };
+            tokio::try_join!(pod.ready(ready), rootfs, pod.prepare_network())?;
             pod.update_network().await
         };
         let started = started.await;
         if let Err(error) = started {
-            // A broken file server says less than the machine's own end.
-            let error = match (pod.end(), error) {
-                (Some(end), sandbox::Error::Control(_)) => sandbox::Error::Ended(end),
-                (_, error) => error,
-            };
+            let error = pod.why(error).await;
             pod.stop().await;
             self.state().pod = None;
             return Err(error.into());
         }
-        if let Err(error) = pod.save(spec.port_forward()) {
-            tracing::warn!(%error, "should the shim die, the pod ends with it");
-        }
+        pod.save(spec.port_forward());
+        pod.stage_ended(Stage::Network);
         network::follow::start(&pod, pod.network());
         if spec.port_forward() {
             network::forward::start(&pod, pod.network());

@@ -90,7 +90,8 @@ impl Error {
             Self::Pod(sandbox::Error::Id(_) | sandbox::Error::Mount(_)) => Code::INVALID_ARGUMENT,
             Self::Pod(sandbox::Error::Exists(_)) | Self::Exists(_) => Code::ALREADY_EXISTS,
             Self::Pod(sandbox::Error::Ended(_)) => Code::UNAVAILABLE,
-            Self::Pod(sandbox::Error::NotReady { .. }) => Code::DEADLINE_EXCEEDED,
+            Self::Pod(sandbox::Error::NotReady(_)) => Code::DEADLINE_EXCEEDED,
+            Self::Pod(sandbox::Error::NoAgent) => Code::FAILED_PRECONDITION,
             Self::Pod(sandbox::Error::File { .. }) => Code::FAILED_PRECONDITION,
             Self::Pod(_) | Self::Hook(_) | Self::Encode(_) => Code::INTERNAL,
             Self::NotFound(_) | Self::Finished(_) => Code::NOT_FOUND,
@@ -154,12 +155,12 @@ mod tests {
         let end = End {
             reason: "guest-panic".into(),
             detail: "Kernel panic - not syncing: x".into(),
-            console: String::new(),
+            ..End::default()
         };
         let (code, text) = status(sandbox::Error::Ended(Arc::new(end)).into());
         assert_eq!(code, Code::UNAVAILABLE);
         assert!(
-            text.ends_with("guest-panic: Kernel panic - not syncing: x"),
+            text.contains("guest-panic\n  Kernel panic - not syncing: x\n"),
             "{text}"
         );
     }

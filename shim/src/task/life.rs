@@ -228,6 +228,7 @@ impl Shared {
             }
             Record::forget(container.pod.dir(), id);
             container.pod.growth().forget(id);
+            self.note_containers(&container.pod);
             self.release_trees(Some(&container.pod), &container.made.trees)
                 .await;
             container.pod.remove_pid(pid).await;

@@ -49,7 +49,7 @@ use crate::{
     events::Publisher,
     keeper::{self, Kept},
     mounts::{Table, Tree},
-    sandbox::{self, Pod, deadline},
+    sandbox::{self, Pod, deadline, timeline::Timeline},
     sandbox_api::Asked,
     spec,
 };
@@ -75,6 +75,7 @@ pub struct Shared {
     events: Publisher,
     shutdown: Arc<Notify>,
     kept: Kept,
+    timeline: Arc<Timeline>,
     /// Held while the machine boots, so that it boots once.
     boot: tokio::sync::Mutex<()>,
     state: Mutex<State>,
@@ -113,6 +114,7 @@ impl Service {
             events,
             shutdown,
             kept,
+            timeline: Arc::new(Timeline::begin()),
             boot: tokio::sync::Mutex::default(),
             state: Mutex::default(),
         }))
@@ -165,6 +167,13 @@ impl Shared {
 
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes down which containers the pod has, for `bulkhead list`.
+    fn note_containers(&self, pod: &Pod) {
+        let mut ids: Vec<String> = self.state().containers.keys().cloned().collect();
+        ids.sort();
+        pod.note_containers(ids);
     }
 
     pub(crate) fn container(&self, id: &str) -> Result<Arc<Container>, Error> {
