@@ -13,9 +13,9 @@ use bulkhead_protocol::{
     VERSION,
     agent::{
         ContainerRequest, CreateContainerRequest, CreateExecRequest, Empty, GrowRequest,
-        GrowResponse, ListPidsResponse, ListResponse, ProcessRequest, ProcessResponse, ResizePtyRequest,
-        SetNetworkRequest, SignalRequest, StatsResponse, UpdateRequest, WaitResponse,
-        WatchPortsRequest, WatchPortsResponse,
+        GrowResponse, ListPidsResponse, ListResponse, ProcessRequest, ProcessResponse,
+        ResizePtyRequest, SetNetworkRequest, SignalRequest, StatsResponse, UpdateRequest,
+        WaitResponse, WatchPortsRequest, WatchPortsResponse,
     },
     agent_ttrpc::{self, Agent},
     limits::{AGENT_PORT, DEBUG_PORT, FORWARD_PORT, READY_PORT, STREAM_HEADER_MAX, STREAM_PORT},

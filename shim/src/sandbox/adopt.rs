@@ -1,60 +1,50 @@
 //! A pod that runs already: taken over by a new shim from its state folder.
 //!
-//! `pod.json` is written once the machine is ready. Without it the shim died while the machine booted: then what there is goes, and the call
+//! `pod.json` says `ready` once the machine is. Without that the shim died while the machine booted: then what there is goes, and the call
 //! that wanted it is made again.
 
 use std::{
-    fs, io,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{Arc, OnceLock},
 };
 
 use bulkhead_protocol::{agent_ttrpc::AgentClient, limits::AGENT_PORT};
-use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use super::{
     Error, Life, Pod, control,
+    growth::Growth,
     machine::Size,
     network::{Network, namespace::Namespace, note},
-    ready_limit,
+    record::{Book, Ready, Record},
+    rest::Rest,
     spawn::Helper,
     state::{self, ProcessId},
-    state_error, vsock, watch_helpers,
+    state_error,
+    timeline::Timeline,
+    vsock, watch_helpers,
 };
 use crate::config::Config;
 
-/// Its name.
-const FILE: &str = "pod.json";
-
-/// What a new shim must know of a pod beside what is in the other files.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct Record {
-    /// The machine's.
-    pub size: Size,
-    /// Where the network namespace was found, if it outlives the pod.
-    pub network: Option<PathBuf>,
-    /// Whether ports are forwarded.
-    pub port_forward: bool,
-}
-
-impl Record {
-    fn load(dir: &Path) -> Option<Self> {
-        serde_json::from_slice(&fs::read(dir.join(FILE)).ok()?).ok()
-    }
-}
-
 impl Pod {
     /// Notes that the machine is ready, and what another shim would have to know.
-    pub fn save(&self, port_forward: bool) -> Result<(), Error> {
-        let record = Record {
-            size: self.size,
+    pub fn save(&self, port_forward: bool, sandbox: Option<(String, i64, i32)>) {
+        let ready = Ready {
             network: self.network.namespace().path().map(Path::to_owned),
             port_forward,
+            sizing: self.growth.sizing(),
+            sandbox,
         };
-        let text = serde_json::to_string(&record).map_err(io::Error::other);
-        text.and_then(|text| state::replace_private(&self.dir.join(FILE), &text))
-            .map_err(state_error(&self.dir))
+        self.book.change(|record| record.ready = Some(ready));
+    }
+
+    /// Notes the size that the machine has now.
+    pub fn save_size(&self) {
+        let size = self.size();
+        self.book.change(|record| {
+            record.vcpus = size.vcpus;
+            record.memory_mib = size.memory_mib;
+        });
     }
 
     /// The pod `namespace`/`id` that another shim has left; none if there is no machine that was ready.
@@ -62,26 +52,28 @@ impl Pod {
         config: &Config,
         namespace: &str,
         id: &str,
-    ) -> Result<Option<(Arc<Self>, Record)>, Error> {
+        timeline: Arc<Timeline>,
+    ) -> Result<Option<(Arc<Self>, Ready)>, Error> {
         let dir = state::pod_dir(&config.state, namespace, id)?;
         if !dir.exists() {
             return Ok(None);
         }
-        let Some(record) = Record::load(&dir) else {
+        let record = Record::load(&dir).ok();
+        let Some((record, ready)) = record.and_then(|r| Some((r.clone(), r.ready?))) else {
             state::kill_children(&dir);
             note::clean(&dir);
             state::remove_dir(&dir).map_err(state_error(&dir))?;
             return Ok(None);
         };
-        let pod = Self::adopt_in(config, format!("{namespace}/{id}"), &dir, &record).await?;
-        Ok(Some((pod, record)))
+        let pod = Self::adopt_in(record, &ready, &dir, timeline).await?;
+        Ok(Some((pod, ready)))
     }
 
     async fn adopt_in(
-        config: &Config,
-        name: String,
+        record: Record,
+        ready: &Ready,
         dir: &Path,
-        record: &Record,
+        timeline: Arc<Timeline>,
     ) -> Result<Arc<Self>, Error> {
         let helper = |file: &str| -> Result<(Helper, ProcessId), Error> {
             let path = dir.join(file);
@@ -93,36 +85,49 @@ impl Pod {
         let (fs, fs_id) = helper("fs.pid")?;
         let control = control::Client::new(dir.join("control.sock"));
         let pid = vmm_id.pid.unsigned_abs();
-        let namespace = Namespace::of_process(pid, record.network.clone())
+        let namespace = Namespace::of_process(pid, ready.network.clone())
             .map_err(|_| Error::Lost("vmm.pid".into()))?;
         let network = Network::adopt(
             namespace,
             dir,
             control.clone(),
-            config.engine,
-            record.size.vcpus,
+            record.engine,
+            ready.sizing.start.vcpus,
         )?;
         network.set_vmm(pid);
+        let rest = Rest::unknown(control.clone());
+        let growth = Growth::new(ready.sizing, control.clone());
+        growth.restore(Size {
+            vcpus: record.vcpus,
+            memory_mib: record.memory_mib,
+        });
+        let (name, engine) = (format!("{}/{}", record.namespace, record.id), record.engine);
+        let book = Arc::new(Book::adopt(dir, record));
         let (tx, life) = watch::channel(Life::Runs);
         tokio::spawn(watch_helpers(
             (vmm, vmm_id),
             (fs, fs_id),
             dir.to_owned(),
             network.clone(),
+            (timeline.clone(), book.clone()),
             tx,
         ));
         let pod = Self {
             name,
             dir: dir.to_owned(),
             vmm: vmm_id,
-            size: record.size,
+            growth,
+            rest,
             agent: OnceLock::new(),
             control,
             files: control::Client::new(dir.join("fs.sock")),
             network,
             life,
-            ready_limit: ready_limit(config.engine),
+            engine,
+            timeline,
+            book,
         };
+        let _awake = pod.rest.wake().await;
         let stream = vsock::connect(&pod.vsock(), AGENT_PORT)
             .await
             .map_err(Error::Agent)?;

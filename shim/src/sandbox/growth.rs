@@ -11,7 +11,7 @@ use std::{
 };
 
 use bulkhead_protocol::{agent, agent_ttrpc::AgentClient};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::{control, deadline, machine::Size};
@@ -30,7 +30,7 @@ const CPU_RESERVE: u64 = 8;
 const EMULATED_RESERVE_MIB: u64 = 32 * 1024;
 
 /// How large a machine is at the start, and within which bounds it stays.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sizing {
     /// What the configuration or the annotations ask for.
     pub least: Size,
@@ -112,6 +112,21 @@ impl Growth {
             }),
             turn: tokio::sync::Mutex::default(),
         }
+    }
+
+    /// The bounds.
+    pub fn sizing(&self) -> Sizing {
+        self.sizing
+    }
+
+    /// What a machine has that was taken over.
+    pub fn restore(&self, size: Size) {
+        self.state().size = size;
+    }
+
+    /// The claim of a container that was taken over.
+    pub fn restore_claim(&self, container: &str, claim: Claim) {
+        self.state().claims.insert(container.into(), claim);
     }
 
     /// What the machine has now.

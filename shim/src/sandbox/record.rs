@@ -1,5 +1,5 @@
-//! `pod.json` in the state folder: what the operator's command tells of a pod without asking anybody. Written by the shim, also when
-//! the pod's containers change; read by `bulkhead list` and `inspect`, which take it as data.
+//! `pod.json` in the state folder: what the operator's command tells of a pod without asking anybody, and what a shim must know that
+//! takes the pod over. Written by the shim, also when the pod's containers change; read by `bulkhead list` and `inspect`, which take it as data.
 
 use std::{
     fs,
@@ -11,7 +11,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{machine::Size, state::write_private, timeline::Durations};
+use super::{growth::Sizing, machine::Size, state::replace_private, timeline::Durations};
 use crate::config::{Config, Engine};
 
 /// The file's name.
@@ -41,6 +41,22 @@ pub struct Record {
     /// How long the stages of its start took.
     #[serde(default)]
     pub stages_us: Durations,
+    /// What another shim must know; none until the machine is ready.
+    #[serde(default)]
+    pub ready: Option<Ready>,
+}
+
+/// Of a pod whose machine is ready, what is not in the other files.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ready {
+    /// Where the network namespace was found, if it outlives the pod.
+    pub network: Option<PathBuf>,
+    /// Whether ports are forwarded.
+    pub port_forward: bool,
+    /// The bounds of its size.
+    pub sizing: Sizing,
+    /// Where the sandbox's bundle is, and when it was asked for (seconds, nanoseconds): only a pod of the Sandbox API.
+    pub sandbox: Option<(String, i64, i32)>,
 }
 
 impl Record {
@@ -56,6 +72,7 @@ impl Record {
             debug_shell: config.debug_shell,
             containers: Vec::new(),
             stages_us: Durations::default(),
+            ready: None,
         }
     }
 
@@ -101,6 +118,14 @@ impl Book {
         }
     }
 
+    /// That of a pod that is taken over.
+    pub fn adopt(dir: &Path, record: Record) -> Self {
+        Self {
+            dir: dir.to_owned(),
+            record: Mutex::new(Some(record)),
+        }
+    }
+
     /// Nothing is written any more: the folder goes.
     pub fn close(&self) {
         *self.record.lock().unwrap_or_else(PoisonError::into_inner) = None;
@@ -109,9 +134,7 @@ impl Book {
 
 fn save(dir: &Path, record: &Record) -> io::Result<()> {
     let text = serde_json::to_string(record).map_err(io::Error::other)?;
-    let new = dir.join(".pod.json");
-    write_private(&new, &text)?;
-    fs::rename(new, dir.join(FILE))
+    replace_private(&dir.join(FILE), &text)
 }
 
 #[cfg(test)]

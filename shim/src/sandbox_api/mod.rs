@@ -48,6 +48,28 @@ pub struct Asked {
     created_at: Timestamp,
 }
 
+impl Asked {
+    /// What another shim must know of it: bundle, seconds and nanoseconds of its making.
+    pub fn note(&self) -> (String, i64, i32) {
+        let bundle = self.request.bundle.clone();
+        (bundle, self.created_at.seconds, self.created_at.nanos)
+    }
+
+    /// What an earlier shim has noted of sandbox `id`.
+    pub fn restore(id: &str, (bundle, seconds, nanos): (String, i64, i32)) -> Self {
+        let mut request = CreateTaskRequest::new();
+        request.id = id.into();
+        request.bundle = bundle;
+        let mut created_at = Timestamp::new();
+        created_at.seconds = seconds;
+        created_at.nanos = nanos;
+        Self {
+            request,
+            created_at,
+        }
+    }
+}
+
 impl Shared {
     /// The one sandbox that this shim is for.
     fn asked(&self, id: &str) -> Result<Asked, Error> {

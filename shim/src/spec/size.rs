@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fs, thread};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::{
     Spec, cpuset, object,
@@ -157,7 +157,7 @@ impl Spec {
 }
 
 /// What a container's limits let it use of the machine; 0 or less: no limit.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Claim {
     quota: i64,
     period: u64,

@@ -18,6 +18,7 @@ use super::{
 };
 use crate::{
     sandbox::{self, Pod, deadline, network, vsock},
+    sandbox_api::Asked,
     stdio::{Io, Keep},
 };
 
@@ -36,8 +37,9 @@ type Known = HashMap<(String, String), GuestPhase>;
 
 impl Shared {
     async fn adopt(self: &Arc<Self>) -> Result<(), sandbox::Error> {
-        let found = Pod::adopt(&self.config, &self.namespace, &self.pod_id).await?;
-        let Some((pod, record)) = found else {
+        let timeline = self.timeline.clone();
+        let found = Pod::adopt(&self.config, &self.namespace, &self.pod_id, timeline).await?;
+        let Some((pod, ready)) = found else {
             tracing::info!("there was no machine yet");
             return Ok(());
         };
@@ -49,7 +51,11 @@ impl Shared {
             }
             state.trees.skip();
             state.pod = Some(pod.clone());
+            state.sandbox = ready
+                .sandbox
+                .map(|asked| Asked::restore(&self.pod_id, asked));
         }
+        let _awake = self.awake().await;
         for record in &records {
             if record.made.is_none() {
                 self.take_back(&pod, record).await;
@@ -67,10 +73,14 @@ impl Shared {
                     hooks,
                     cpus: made.cpus,
                     init_pid: made.init_pid,
+                    host_pid: record.host_pid,
                 };
+                pod.growth().restore_claim(&record.id, made.claim);
                 let container =
                     Container::new(&record.id, record.bundle, pod.clone(), init, in_guest);
                 container.set_paused(made.paused);
+                // One may have been on its way.
+                container.set_signalled();
                 container.recover();
                 self.state().containers.insert(record.id, container.clone());
                 for saved in made.processes {
@@ -81,7 +91,7 @@ impl Shared {
         }
         self.watch_machine(&pod);
         network::follow::start(&pod, pod.network());
-        if record.port_forward {
+        if ready.port_forward {
             network::forward::start(&pod, pod.network());
         }
         if let Err(error) = pod.update_network().await {
@@ -176,6 +186,7 @@ impl Shared {
         }
         // Not all of them were handed over.
         self.release_trees(Some(pod), &record.trees).await;
+        pod.remove_pid(record.host_pid).await;
         record.hooks.poststop().await;
         Record::forget(pod.dir(), &record.id);
     }

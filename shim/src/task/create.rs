@@ -32,6 +32,7 @@ use crate::{
         timeline::{Stage, short},
         vsock,
     },
+    sandbox_api::Asked,
     spec::{self, Cpus, Guest, Host, Spec},
     stdio::{Io, Keep, Paths, Pumps},
 };
@@ -48,7 +49,7 @@ impl Shared {
         let there = self.container(&req.id).ok();
         if let Some(container) = there.filter(|c| c.is_asked_again()) {
             let mut response = CreateTaskResponse::new();
-            response.pid = container.pod.pid();
+            response.pid = container.made.host_pid;
             return Ok(response);
         }
         self.reserve(&req.id)?;
@@ -227,7 +228,8 @@ impl Shared {
             self.state().pod = None;
             return Err(error.into());
         }
-        pod.save(spec.port_forward());
+        let sandbox = self.state().sandbox.as_ref().map(Asked::note);
+        pod.save(spec.port_forward(), sandbox);
         pod.stage_ended(Stage::Network);
         network::follow::start(&pod, pod.network());
         if spec.port_forward() {
@@ -250,6 +252,7 @@ impl Shared {
         pod.growth()
             .make_room(pod.agent()?, &req.id, spec.claim())
             .await;
+        pod.save_size();
         let cpus = spec.translate(Guest {
             vcpus: pod.size().vcpus,
             inits: self.inits(pod),

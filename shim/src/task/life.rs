@@ -39,7 +39,7 @@ impl Shared {
         let (container, process) = self.process(id, exec_id)?;
         if process.phase() != Phase::Created && process.is_asked_again() {
             let mut response = StartResponse::new();
-            response.pid = container.pod.pid();
+            response.pid = container.made.host_pid;
             return Ok(response);
         }
         if !process.begin_start() {

@@ -319,6 +319,8 @@ impl Shared {
         let growth = container.pod.growth();
         let claim = spec::changed_claim(growth.claim(&req.id), &req.resources.value)?;
         growth.make_room(agent, &req.id, claim).await;
+        container.pod.save_size();
+        container.save();
         let mut request = agent::UpdateRequest::new();
         request.container.clone_from(&req.id);
         request.resources = spec::resources(&req.resources.value, growth.size().vcpus)?;

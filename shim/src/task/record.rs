@@ -19,7 +19,7 @@ use crate::{
     hooks::Runner,
     mounts::Tree,
     sandbox::state::{make_private_dir, remove_file, replace_private},
-    spec::Cpus,
+    spec::{Claim, Cpus},
     stdio::Paths,
 };
 
@@ -37,6 +37,8 @@ pub struct Record {
     pub trees: Vec<Tree>,
     /// Its hooks.
     pub hooks: Runner,
+    /// The pid that containerd knows it by.
+    pub host_pid: u32,
     /// What the guest has of it; none while it is being made.
     pub made: Option<Made>,
 }
@@ -44,6 +46,8 @@ pub struct Record {
 /// A container that was made.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Made {
+    /// What it claims of the machine.
+    pub claim: Claim,
     /// What its cpuset became.
     pub cpus: Cpus,
     /// Pid of its init in the guest.
@@ -119,7 +123,9 @@ impl Record {
             bundle: container.bundle.clone(),
             trees: container.made.trees.clone(),
             hooks: container.made.hooks.clone(),
+            host_pid: container.made.host_pid,
             made: Some(Made {
+                claim: container.pod.growth().claim(&container.id),
                 cpus: container.made.cpus.clone(),
                 init_pid: container.made.init_pid,
                 paused: container.is_paused(),
@@ -187,7 +193,9 @@ mod tests {
             bundle: "/b".into(),
             trees: Vec::new(),
             hooks: Runner::default(),
+            host_pid: 9,
             made: Some(Made {
+                claim: Claim::default(),
                 cpus: Cpus::default(),
                 init_pid: 7,
                 paused: true,

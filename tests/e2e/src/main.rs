@@ -46,6 +46,9 @@ struct Args {
     /// Folder of another containerd (containerd, ctr) to use instead of the one in PATH; the cases that walk through all of it are added.
     #[arg(long)]
     containerd: Option<PathBuf>,
+    /// Folder of an older containerd, from which is upgraded; without it the one in PATH.
+    #[arg(long)]
+    older: Option<PathBuf>,
     #[command(flatten)]
     choice: Choice,
     /// Smaller sizes.
@@ -109,6 +112,7 @@ fn run(args: &Args, chosen: &[&Test]) -> anyhow::Result<Tally> {
         images,
         docker: args.docker.clone(),
         containerd: args.containerd.clone(),
+        older: args.older.clone(),
         scale,
     })?;
     Ok(runner::run(&suite, chosen))

@@ -9,15 +9,15 @@ use std::{
 };
 
 use bulkhead_harness::{
-    Context, Engine, Image, Outcome, Pod, Suite, Test, docker::IMAGE, ensure, ensure_eq,
-    runner::MACHINES, test,
+    Context, Engine, Image, Outcome, Pod, Suite, Test, ensure, ensure_eq, runner::MACHINES, test,
 };
 use serde_json::Value;
 
 use crate::{network::until, size};
 
 const BUSYBOX: &[Image] = &[Image::Busybox];
-const IMAGES: &[Image] = &[];
+/// The image as one names it in `docker run`.
+const DOCKER_IMAGE: &str = "localhost/bulkhead/busybox";
 
 /// The cases of this group.
 pub const TESTS: &[Test] = &[
@@ -33,7 +33,7 @@ pub const TESTS: &[Test] = &[
     ),
     test!(
         size::docker_update_makes_the_machine_larger,
-        IMAGES,
+        BUSYBOX,
         MACHINES
     )
     .docker()
@@ -51,17 +51,22 @@ fn numbers(text: &str) -> Vec<u64> {
 
 /// CPUs that a machine of this host can have, of those that are asked for.
 fn cpus(asked: u64) -> u64 {
-    std::thread::available_parallelism().map_or(1, |n| n.get() as u64).min(asked)
+    std::thread::available_parallelism()
+        .map_or(1, |n| n.get() as u64)
+        .min(asked)
 }
 
 /// What the VMM tells of itself.
 fn report(suite: &Suite, pod: &str) -> Outcome<Value> {
     let socket = suite.state_of(pod).join("control.sock");
-    let mut stream =
-        UnixStream::connect(&socket).context(format_args!("{}", socket.display()))?;
-    stream.write_all(b"{\"op\":\"report\"}\n").context("ask the VMM")?;
+    let mut stream = UnixStream::connect(&socket).context(format_args!("{}", socket.display()))?;
+    stream
+        .write_all(b"{\"op\":\"report\"}\n")
+        .context("ask the VMM")?;
     let mut line = String::new();
-    BufReader::new(stream).read_line(&mut line).context("the VMM's answer")?;
+    BufReader::new(stream)
+        .read_line(&mut line)
+        .context("the VMM's answer")?;
     let answer: Value = serde_json::from_str(&line).context("the VMM's answer")?;
     Ok(answer["ok"].clone())
 }
@@ -75,12 +80,20 @@ fn a_second_containers_limits_make_the_machine_larger(suite: &Suite) -> Outcome 
         .detach()?;
     let before = numbers(&pod.sh(SEEN)?);
     ensure_eq!("CPUs before", before.first(), Some(&1));
-    ensure!(before.get(1).is_some_and(|mib| *mib < 128), "memory before: {before:?}");
+    ensure!(
+        before.get(1).is_some_and(|mib| *mib < 128),
+        "memory before: {before:?}"
+    );
     // More than the machine had.
-    let script = format!("{SEEN}; dd if=/dev/zero of=/big/file bs=1M count=200 2>/dev/null; wc -c </big/file");
+    let script = format!(
+        "{SEEN}; dd if=/dev/zero of=/big/file bs=1M count=200 2>/dev/null; wc -c </big/file"
+    );
     let text = suite
         .busybox()
-        .flags(&["--annotation", &format!("io.kubernetes.cri.sandbox-id={}", pod.name())])
+        .flags(&[
+            "--annotation",
+            &format!("io.kubernetes.cri.sandbox-id={}", pod.name()),
+        ])
         .flags(&["--memory-limit", "268435456", "--cpus", "1.5"])
         .mount("type=tmpfs,src=tmpfs,dst=/big,options=size=220m")
         .sh(script)
@@ -95,7 +108,8 @@ fn a_second_containers_limits_make_the_machine_larger(suite: &Suite) -> Outcome 
     );
     ensure_eq!("bytes in memory", inside.get(2), Some(&(200 << 20)));
     // It does not shrink, and the first container has it as well.
-    ensure_eq!("in the first", numbers(&pod.sh(SEEN)?).as_slice(), inside.get(..2).unwrap_or_default());
+    let first = numbers(&pod.sh(SEEN)?);
+    ensure_eq!("in the first", Some(first.as_slice()), inside.get(..2));
     let report = report(suite, pod.name())?;
     ensure_eq!(
         "the VMM's report",
@@ -118,7 +132,9 @@ fn ticks(suite: &Suite, pod: &Pod) -> Outcome<u64> {
     let (_, rest) = text.rsplit_once(')').context(&file)?;
     let fields: Vec<&str> = rest.split_whitespace().collect();
     let field = |at: usize| fields.get(at).and_then(|field| field.parse::<u64>().ok());
-    Ok(field(11).context(&file)?.saturating_add(field(12).context(&file)?))
+    Ok(field(11)
+        .context(&file)?
+        .saturating_add(field(12).context(&file)?))
 }
 
 fn stops(suite: &Suite, pod: &Pod) -> Outcome {
@@ -139,8 +155,15 @@ fn a_paused_pod_stops_its_machine_and_calls_wake_it(suite: &Suite) -> Outcome {
     pod.task(&["pause"]).output()?.ok()?;
     stops(suite, &pod)?;
     let metrics = pod.task(&["metrics"]).output()?.ok()?.text();
-    ensure!(metrics.contains("memory.usage_in_bytes") || metrics.contains("memory"), "metrics: {metrics}");
-    ensure_eq!("status", pod.status()?.map(|(_, s)| s), Some("PAUSED".to_owned()));
+    ensure!(
+        metrics.contains("memory.usage_in_bytes") || metrics.contains("memory"),
+        "metrics: {metrics}"
+    );
+    ensure_eq!(
+        "status",
+        pod.status()?.map(|(_, s)| s),
+        Some("PAUSED".to_owned())
+    );
     stops(suite, &pod)?;
     pod.task(&["resume"]).output()?.ok()?;
     ensure_eq!("state", report(suite, pod.name())?["state"], "running");
@@ -152,7 +175,11 @@ fn a_paused_pod_stops_its_machine_and_calls_wake_it(suite: &Suite) -> Outcome {
     pod.task(&["pause"]).output()?.ok()?;
     stops(suite, &pod)?;
     let joined = format!("io.kubernetes.cri.sandbox-id={}", pod.name());
-    let output = suite.busybox().flags(&["--annotation", &joined]).sh("echo awake").output()?;
+    let output = suite
+        .busybox()
+        .flags(&["--annotation", &joined])
+        .sh("echo awake")
+        .output()?;
     ensure_eq!("a second container", output.ok()?.text(), "awake");
     stops(suite, &pod)?;
     // Killed while it is frozen in a machine that stands still.
@@ -162,21 +189,41 @@ fn a_paused_pod_stops_its_machine_and_calls_wake_it(suite: &Suite) -> Outcome {
 
 fn docker_update_makes_the_machine_larger(suite: &Suite) -> Outcome {
     let docker = suite.docker()?;
-    let text = |args: &[&str]| -> Outcome<String> {
-        Ok(docker.call(suite, args).output()?.ok()?.text())
-    };
-    let run = ["-d", "--name", "grows", "--memory", "64m", IMAGE, "sleep", "1000000"];
+    let text =
+        |args: &[&str]| -> Outcome<String> { Ok(docker.call(suite, args).output()?.ok()?.text()) };
+    let run = [
+        "-d",
+        "--name",
+        "grows",
+        "--memory",
+        "64m",
+        DOCKER_IMAGE,
+        "sleep",
+        "1000000",
+    ];
     docker.run(suite, &run).output()?.ok()?;
-    let seen = || Ok(numbers(&text(&["exec", "grows", "sh", "-c", SEEN])?));
-    let grown = (|| {
+    let seen =
+        || -> Outcome<Vec<u64>> { Ok(numbers(&text(&["exec", "grows", "sh", "-c", SEEN])?)) };
+    let grown = (|| -> Outcome<(Vec<u64>, Vec<u64>)> {
         let before = seen()?;
-        let more = ["--memory", "640m", "--memory-swap", "640m", "--cpus", "2", "grows"];
+        let more = [
+            "--memory",
+            "640m",
+            "--memory-swap",
+            "640m",
+            "--cpus",
+            "2",
+            "grows",
+        ];
         text(&[&["update"], &more[..]].concat())?;
         Ok((before, seen()?))
     })();
     text(&["rm", "-f", "grows"])?;
-    let (before, after): (Vec<u64>, Vec<u64>) = grown?;
-    ensure!(before.first() == Some(&1) && before.get(1) < Some(&512), "before: {before:?}");
+    let (before, after) = grown?;
+    ensure!(
+        before.first() == Some(&1) && before.get(1) < Some(&512),
+        "before: {before:?}"
+    );
     ensure_eq!("CPUs", after.first(), Some(&cpus(2)));
     ensure!(after.get(1) > Some(&640), "after: {after:?}");
     Ok(())

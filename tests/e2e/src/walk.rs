@@ -3,10 +3,10 @@
 use bulkhead_cri::Cri;
 use bulkhead_harness::{
     Context, Image, Outcome, Suite, Test, command::Input, ensure, ensure_eq, events::Events,
-    runner::ANY, runner::MACHINES, skip, test,
+    failure::read, runner::ANY, runner::MACHINES, skip, test,
 };
 
-use crate::walk;
+use crate::{network::until, walk};
 
 const BUSYBOX: &[Image] = &[Image::Busybox];
 const CRI: &[Image] = &[Image::Pause, Image::Busybox];
@@ -17,6 +17,7 @@ pub const TESTS: &[Test] = &[
     test!(walk::pod_by_cri, CRI, ANY).cri(),
     test!(walk::pod_by_cri_outlives_containerd, CRI, ANY).cri(),
     test!(walk::pod_without_a_pause_container, CRI, MACHINES).cri(),
+    test!(walk::pod_outlives_an_upgrade_of_containerd, BUSYBOX, ANY),
 ];
 
 /// Everything that `ctr` does with a task.
@@ -68,6 +69,49 @@ fn task_from_start_to_end(suite: &Suite) -> Outcome {
         topics.join(" "),
         "create start exec-added exec-started exit paused resumed exit delete"
     );
+    Ok(())
+}
+
+/// A pod begun under the older version goes on under this one: its output, its execs, its exit status.
+fn pod_outlives_an_upgrade_of_containerd(suite: &Suite) -> Outcome {
+    let mut containerd = suite.older_containerd("upgraded")?;
+    let address = containerd.address();
+    let ctr = |args: &[&str]| -> Outcome<String> {
+        Ok(suite.ctr_at(&address, args).output()?.ok()?.text())
+    };
+    let tar = suite.tar_of(Image::Busybox)?;
+    ctr(&["image", "import", &tar.to_string_lossy()])?;
+    let log = suite.folder("upgraded")?.join("log");
+    let uri = format!("file://{}", log.display());
+    let name = suite.name("u");
+    let image = Image::Busybox.reference();
+    let script =
+        "trap 'echo end; exit 5' TERM; i=0; while :; do echo $i; i=$((i+1)); sleep 0.05; done";
+    ctr(&[
+        &["run", "-d", "--log-uri", &uri, "--runtime", suite.runtime()][..],
+        &[&image, &name, "sh", "-c", script],
+    ]
+    .concat())?;
+    suite.upgrade(&mut containerd)?;
+    let exec = ["task", "exec", "--exec-id", "e", &name, "echo", "on"];
+    ensure_eq!("exec", ctr(&exec)?, "on");
+    let before = read(&log)?.lines().count();
+    until(suite.scale.seconds(10), "more output", || {
+        Ok(read(&log)?.lines().count() > before)
+    })?;
+    ctr(&["task", "kill", "-s", "SIGTERM", &name])?;
+    until(suite.scale.seconds(10), "its end", || {
+        let list = ctr(&["task", "ls"])?;
+        Ok(list.contains("STOPPED"))
+    })?;
+    let removed = suite.ctr_at(&address, ["task", "rm", &name]).output()?;
+    let said = removed.ok()?.errors();
+    ensure!(said.contains("non-zero exit code 5"), "exit status: {said}");
+    ctr(&["container", "rm", &name])?;
+    let text = read(&log)?;
+    let count = text.lines().count().saturating_sub(1);
+    let lines: String = (0..count).map(|n| format!("{n}\n")).collect();
+    ensure_eq!("output", text, lines + "end\n");
     Ok(())
 }
 

@@ -116,6 +116,12 @@ disabled_plugins = [{cri_off}"io.containerd.snapshotter.v1.aufs", "io.containerd
         self.wait_until_ready()
     }
 
+    /// Ends it and starts another version in its place.
+    pub fn replace(&mut self, programs: Option<PathBuf>) -> Outcome {
+        self.settings.programs = programs;
+        self.restart()
+    }
+
     fn spawn(settings: &Settings) -> Outcome<Child> {
         let log = File::options()
             .create(true)

@@ -89,6 +89,8 @@ pub struct Options {
     pub docker: Option<PathBuf>,
     /// Folder of `containerd` and `ctr`, if not in `PATH`.
     pub containerd: Option<PathBuf>,
+    /// That of an older version, for upgrades; if none, the one in `PATH`.
+    pub older: Option<PathBuf>,
     /// Sizes and waits.
     pub scale: Scale,
 }
@@ -116,6 +118,7 @@ pub struct Suite {
     networked: OnceCell<Outcome<Box<Suite>>>,
     docker_programs: Option<PathBuf>,
     programs: Option<PathBuf>,
+    older: Option<PathBuf>,
     /// containerd's major version.
     pub major: u32,
     docker: OnceCell<Outcome<Docker>>,
@@ -136,6 +139,7 @@ impl Suite {
                 images: self.images.clone(),
                 docker: self.docker_programs.clone(),
                 containerd: self.programs.clone(),
+                older: self.older.clone(),
                 scale: self.scale.clone(),
             };
             Self::begin(options, "-net", true).map(Box::new)
@@ -174,6 +178,7 @@ impl Suite {
             docker_programs: options.docker.as_deref().map(absolute).transpose()?,
             major: containerd::major_version(options.containerd.as_deref())?,
             programs: options.containerd.as_deref().map(absolute).transpose()?,
+            older: options.older.as_deref().map(absolute).transpose()?,
             docker: OnceCell::new(),
         };
         suite.configure("")?;
@@ -285,6 +290,20 @@ impl Suite {
     /// Starts a second containerd; `before` runs in its mount namespace first.
     pub fn another_containerd(&self, name: &str, before: &str) -> Outcome<Containerd> {
         Containerd::start(self.settings(name, Some(before.to_owned())))
+    }
+
+    /// Starts a second containerd, of the older version. [`upgrade`](Self::upgrade) makes it the suite's version.
+    pub fn older_containerd(&self, name: &str) -> Outcome<Containerd> {
+        let programs = self.older.clone();
+        Containerd::start(Settings {
+            programs,
+            ..self.settings(name, None)
+        })
+    }
+
+    /// Upgrades another containerd to the suite's version.
+    pub fn upgrade(&self, containerd: &mut Containerd) -> Outcome {
+        containerd.replace(self.programs.clone())
     }
 
     /// The file that `BULKHEAD_CONFIG` names.
@@ -417,7 +436,7 @@ impl Suite {
     }
 
     /// An image's tar file.
-    pub(crate) fn tar_of(&self, image: Image) -> Outcome<PathBuf> {
+    pub fn tar_of(&self, image: Image) -> Outcome<PathBuf> {
         let name = match image {
             // Unpacking 50,000 files takes such a host ten minutes.
             Image::Files if !self.scale.pods_are_cheap() => "few-files",
