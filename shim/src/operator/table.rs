@@ -137,6 +137,7 @@ mod tests {
                 debug_shell: true,
                 containers: vec![String::new(); 256],
                 stages_us: Default::default(),
+                ready: None,
             }),
             processes: Vec::new(),
             pss_kib: 10 << 20,
