@@ -226,14 +226,16 @@ pub fn kvm_trouble() -> Option<String> {
     };
     // Twice: a busy host can look slow once.
     let bad = trouble().and_then(|_| trouble())?;
-    Some(match bad.todo {
-        Some(todo) => format!("{}; {todo}", bad.text),
-        None => bad.text,
-    })
+    let device = match bad.text.starts_with("/dev/kvm") {
+        true => "",
+        false => "/dev/kvm: ",
+    };
+    let todo = bad.todo.map(|todo| format!("; {todo}"));
+    Some(format!("{device}{}{}", bad.text, todo.unwrap_or_default()))
 }
 
-/// Whether what the configured engine needs is there, as far as that is known at once.
-pub fn engine_present(config: &Config) -> Result<(), (PathBuf, String)> {
+/// Whether what the configured engine needs is there, as far as that is known at once; else what is not, and why.
+pub fn engine_present(config: &Config) -> Result<(), (&'static str, PathBuf, String)> {
     match config.engine {
         Engine::Kvm => match kvm_device() {
             Item {
@@ -244,13 +246,14 @@ pub fn engine_present(config: &Config) -> Result<(), (PathBuf, String)> {
             } => {
                 let why = text.strip_prefix("/dev/kvm: ").unwrap_or(&text);
                 let todo = todo.unwrap_or_default();
-                Err(("/dev/kvm".into(), format!("{why}: {todo}")))
+                let why = format!("{why}: {todo}");
+                Err(("engine \"kvm\":", "/dev/kvm".into(), why))
             }
             _ => Ok(()),
         },
         Engine::Emulated if host::find_program(&config.qemu).is_none() => {
             let why = format!("is not installed: {QEMU_TODO}");
-            Err((config.qemu.clone().into(), why))
+            Err(("qemu", config.qemu.clone().into(), why))
         }
         Engine::Emulated => Ok(()),
     }

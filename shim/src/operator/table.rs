@@ -156,7 +156,7 @@ mod tests {
             assert!(line.chars().count() <= WIDTH, "{line}");
             assert!(!line.contains('\u{1b}'));
         }
-        assert!(text.contains("01234567.."), "{text}");
+        assert!(text.contains("0123456789a..  running"), "{text}");
     }
 
     #[test]

@@ -31,24 +31,22 @@ impl Pod {
             sleep(DOUBT).await;
             if let Some(advice) = kvm_trouble().await {
                 let what = "the guest does not start: this host cannot run engine \"kvm\"";
-                return self.late(what.into(), advice).await;
+                return self.late(|_| what.into(), advice).await;
             }
         }
         sleep(limit).await;
-        let what = format!(
-            "the guest was not ready after {} s, while {}",
-            limit.as_secs(),
-            self.timeline.now().doing()
-        );
+        let seconds = limit.as_secs();
+        let what = |doing| format!("the guest was not ready after {seconds} s, while {doing}");
         self.late(what, String::new()).await
     }
 
-    async fn late(&self, what: String, advice: String) -> Error {
+    async fn late(&self, what: impl FnOnce(&'static str) -> String, advice: String) -> Error {
         let console = self.report().await;
+        let stages = self.timeline.now();
         Error::NotReady(Box::new(PostMortem {
-            what,
+            what: what(stages.doing()),
             advice,
-            stages: self.timeline.now(),
+            stages,
             console,
             ..PostMortem::default()
         }))
@@ -70,6 +68,11 @@ impl Pod {
             return Error::Ended(Arc::new(end));
         }
         Error::Ended(end)
+    }
+
+    /// An error that tells how the machine ended, if it did.
+    pub fn must_run(&self) -> Result<(), Error> {
+        self.end().map_or(Ok(()), |end| Err(Error::Ended(end)))
     }
 
     /// Takes over the VMM's times, and gives back the console's tail.

@@ -429,11 +429,7 @@ fn preflight_blocking(config: &Config) -> Result<(), Error> {
     for (what, program) in [("bulkhead-vmm", &config.vmm), ("bulkhead-fs", &config.fs)] {
         check::host::check_program(program).map_err(file(what, program))?;
     }
-    check::engine_present(config).map_err(|(path, why)| Error::File {
-        what: "engine",
-        path,
-        why,
-    })
+    check::engine_present(config).map_err(|(what, path, why)| Error::File { what, path, why })
 }
 
 /// A context with a time limit for a call to the agent.

@@ -15,6 +15,8 @@ pub const COLUMNS: usize = 100;
 /// Lines of a detail or an advice.
 const TEXT_LINES: usize = 2;
 
+const PANIC: &str = "Kernel panic - not syncing";
+
 /// The parts.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PostMortem {
@@ -67,8 +69,13 @@ impl fmt::Display for PostMortem {
     }
 }
 
-/// The last lines of a console, each cut.
+/// The last lines of a console, each cut; of a panic those up to its line, as a trace of calls follows that tells less.
 fn last_lines(console: &str, max: usize) -> Vec<String> {
+    let panic = console.find(PANIC).map(|at| {
+        let rest = console.get(at..).unwrap_or_default();
+        at.saturating_add(rest.find('\n').unwrap_or(rest.len()))
+    });
+    let console = panic.and_then(|end| console.get(..end)).unwrap_or(console);
     let lines = console.lines().map(str::trim_end);
     let mut lines: Vec<String> = lines
         .rev()
@@ -183,6 +190,17 @@ mod tests {
                 "  took: shim not done after 0 us",
             ]
         );
+    }
+
+    #[test]
+    fn of_a_panic_what_was_before_it_is_shown() {
+        let end = End {
+            console: "cause\nKernel panic - not syncing: x\nCall Trace:\n".into(),
+            ..End::default()
+        };
+        let text = PostMortem::of(&end).to_string();
+        assert!(text.contains("| cause\n  | Kernel panic"), "{text}");
+        assert!(!text.contains("Call Trace"), "{text}");
     }
 
     #[test]

@@ -62,7 +62,7 @@ impl Stage {
         match self {
             Self::Shim => "the shim waited for containerd",
             Self::Vmm => "the VMM was started",
-            Self::Machine => "the VMM built the machine",
+            Self::Machine => "the machine was started",
             Self::Kernel => "the guest's kernel booted",
             Self::Agent => "the agent set up the guest",
             Self::Rootfs => "the rootfs was prepared",
@@ -288,7 +288,7 @@ mod tests {
             stages.to_string(),
             "shim 12 ms, vmm 80 ms, rootfs 28 ms, machine not done after 2.0 s"
         );
-        assert_eq!(stages.doing(), "the VMM built the machine");
+        assert_eq!(stages.doing(), "the machine was started");
         assert_eq!(stages.durations_us().rootfs, Some(28_000));
         assert_eq!(stages.durations_us().machine, None);
     }

@@ -334,6 +334,7 @@ impl Shared {
     pub(super) async fn exec(&self, req: &ExecProcessRequest) -> Result<Empty, Error> {
         check_id("exec_id", &req.exec_id)?;
         let container = self.container(&req.id)?;
+        container.pod.must_run()?;
         if container.init.phase() != Phase::Running {
             return Err(Error::State {
                 id: container.name(""),

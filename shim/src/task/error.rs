@@ -90,6 +90,10 @@ impl Error {
             Self::Pod(sandbox::Error::Id(_) | sandbox::Error::Mount(_)) => Code::INVALID_ARGUMENT,
             Self::Pod(sandbox::Error::Exists(_)) | Self::Exists(_) => Code::ALREADY_EXISTS,
             Self::Pod(sandbox::Error::Ended(_)) => Code::UNAVAILABLE,
+            // What the host cannot do is no matter of time.
+            Self::Pod(sandbox::Error::NotReady(why)) if !why.advice.is_empty() => {
+                Code::FAILED_PRECONDITION
+            }
             Self::Pod(sandbox::Error::NotReady(_)) => Code::DEADLINE_EXCEEDED,
             Self::Pod(sandbox::Error::NoAgent) => Code::FAILED_PRECONDITION,
             Self::Pod(sandbox::Error::File { .. }) => Code::FAILED_PRECONDITION,

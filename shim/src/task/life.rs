@@ -42,6 +42,7 @@ impl Shared {
             response.pid = container.made.host_pid;
             return Ok(response);
         }
+        container.pod.must_run()?;
         if !process.begin_start() {
             return Err(Error::State {
                 id: container.name(exec_id),

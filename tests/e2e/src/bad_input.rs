@@ -198,7 +198,7 @@ mkdir /mnt/shm /mnt/pts; mount --bind /dev/pts /mnt/pts; mount --move /mnt /dev;
     );
     let output = run.arg(&rootfs).arg(&name).arg("true").output()?;
     let _ = suite.ctr_at(&address, ["container", "rm", &name]).output();
-    output.refused(&["/dev/kvm", "missing"])?;
+    output.refused(&["/dev/kvm", "load kvm_intel or kvm_amd"])?;
     Ok(())
 }
 

@@ -20,6 +20,7 @@ mod images;
 mod lifecycle;
 mod limits;
 mod network;
+mod operator;
 mod pods;
 mod process;
 mod size;
@@ -134,6 +135,7 @@ fn all() -> Vec<Test> {
         bad_input::TESTS,
         crashes::TESTS,
         survival::TESTS,
+        operator::TESTS,
     ]
     .concat();
     all.extend(cri::tests());

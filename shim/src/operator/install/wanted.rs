@@ -152,15 +152,13 @@ pub fn wanted(target: &Target, from: &Path, facts: &Facts) -> Result<Wanted, Err
 }
 
 fn config(facts: &Facts) -> String {
+    // Without what was measured: the same host gets the same file.
     let (engine, comment) = match facts.engine {
         "emulated" => (
             "emulated",
-            format!(
-                "# A software CPU, which is no wall: to try things out.\n# {}\n",
-                facts.why.replace('\n', " ")
-            ),
+            "# A software CPU, which is no wall: this host cannot run \"kvm\", and `bulkhead check` tells why.\n",
         ),
-        _ => ("kvm", String::new()),
+        _ => ("kvm", ""),
     };
     format!(
         "# Bulkhead's configuration. Keys: docs/operations.md.\n{comment}engine = \"{engine}\"\n"

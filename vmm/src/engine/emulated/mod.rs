@@ -249,7 +249,10 @@ fn end_of(status: io::Result<ExitStatus>, console: &ConsoleRing, tail: &Tail) ->
         Ok(status) if status.success() => End::triple_fault(console),
         Ok(status) => {
             let said = tail.text();
-            let detail = format!("the emulator ended with {status}: {}", said.trim());
+            // It warns of much that is as we want it.
+            let errors = said.lines().filter(|line| !line.contains(": warning: "));
+            let errors = errors.collect::<Vec<_>>().join(" ");
+            let detail = format!("the emulator ended with {status}: {}", errors.trim());
             End::new(EndReason::EngineFailed, detail)
         }
         Err(error) => End::new(
