@@ -85,7 +85,7 @@ fn a_pod_is_listed_and_opened_where_that_is_allowed(suite: &Suite) -> Outcome {
         .output()?
         .expect(7)?;
     ensure_eq!("stdout", said.text(), "out\nin");
-    ensure_eq!("stderr", said.errors().trim(), "err");
+    ensure_eq!("stderr", said.errors().trim().to_owned(), "err");
     // It is beside the containers: the agent is PID 1, and the container's program is there.
     let processes = bulkhead(suite, &["exec", &name, "ps"])
         .output()?
@@ -102,10 +102,10 @@ fn a_pod_is_listed_and_opened_where_that_is_allowed(suite: &Suite) -> Outcome {
     );
     let said = shell.in_terminal(33, 99).output()?.expect(5)?.text();
     ensure!(
-        said.starts_with("33 99") && said.contains("/dev/pts/"),
+        said.contains("33 99") && said.contains("/dev/pts/"),
         "{said}"
     );
-    pod.delete()?;
+    pod.end()?;
     bulkhead(suite, &["logs", &name])
         .output()?
         .refused(&["there is no pod"])?;
@@ -134,7 +134,7 @@ fn no_shell_unless_the_machine_was_started_with_it(suite: &Suite) -> Outcome {
         "port 1029 of the guest answers: {read:?} {:?}",
         String::from_utf8_lossy(&answer)
     );
-    pod.delete()?;
+    pod.end()?;
     Ok(())
 }
 
@@ -303,7 +303,7 @@ fn run_installed(suite: &Suite, folder: &Path, root: &Path) -> Outcome {
     let ran = run
         .arg(&rootfs)
         .arg(&name)
-        .args(["echo", "from the installed"]);
+        .args(["/bin/echo", "from the installed"]);
     let ran = ran.output();
     running.signal(Signal::TERM);
     running.wait()?;
