@@ -72,6 +72,8 @@ impl Docker {
             .args(["--default-address-pool", "base=10.94.0.0/16,size=24"])
             // What `docker build` runs its steps by.
             .args(["--default-runtime", suite.runtime()])
+            // Where systemd runs, its driver would want a slice's name as parent.
+            .args(["--exec-opt", "native.cgroupdriver=cgroupfs"])
             .arg(format!("--cgroup-parent=/{}", suite.namespace()));
         if let Some(folder) = programs {
             let path = std::env::var("PATH").unwrap_or_default();
@@ -80,7 +82,7 @@ impl Docker {
                 .env("PATH", format!("{}:{path}", folder.display()));
         }
         let daemon = daemon.limit(Duration::from_secs(24 * 3600)).spawn()?;
-        let docker = Self {
+        let mut docker = Self {
             daemon,
             socket,
             programs: programs.map(Path::to_path_buf),
@@ -117,10 +119,10 @@ impl Docker {
         registry.limit(Duration::from_secs(3600)).spawn()
     }
 
-    fn wait_until_ready(&self, suite: &Suite) -> Outcome {
+    fn wait_until_ready(&mut self, suite: &Suite) -> Outcome {
         let end = Instant::now() + suite.scale.seconds(30);
         while self.call(suite, &["version"]).output()?.status != 0 {
-            if Instant::now() > end {
+            if Instant::now() > end || self.daemon.has_ended() {
                 let log = self.daemon.stderr();
                 let log = crate::command::tail(&log, 3000);
                 return Err(Failure::Failed(format!("dockerd does not answer: {log}")));

@@ -105,10 +105,16 @@ impl Snapshot {
         for (folder, depth) in &scope.folders {
             files(folder, *depth, &mut seen);
         }
-        // Shims of every containerd have their sockets here; what nobody listens on was left.
+        // Shims of every containerd have their sockets here, those of another suite in its network namespace; what nobody
+        // listens on was left.
+        let elsewhere: String = process::of_pods("")
+            .iter()
+            .filter(|p| p.name.starts_with("containerd-shim"))
+            .map(|p| text(format!("/proc/{}/net/unix", p.pid)))
+            .collect();
         for name in names(Path::new(SHIMS)) {
             let path = format!("{SHIMS}/{name}");
-            if !sockets.contains(&path) {
+            if !sockets.contains(&path) && !elsewhere.contains(&path) {
                 seen.insert(format!("socket of a dead shim {path}"));
             }
         }

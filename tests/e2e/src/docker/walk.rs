@@ -18,9 +18,7 @@ const APPLICATION: &str = "localhost/bulkhead/node";
 
 /// The cases of this group.
 pub const TESTS: &[Test] = &[
-    test!(docker::walk::output_and_exit_code, super::BUSYBOX, ANY)
-        .docker()
-        .fast_host(),
+    test!(docker::walk::output_and_exit_code, super::BUSYBOX, ANY).docker(),
     test!(docker::walk::web_application, NODE, ANY)
         .docker()
         .fast_host(),
