@@ -3,7 +3,7 @@
 use bulkhead_harness::{
     Context, Outcome, Suite, Test, ensure, ensure_eq,
     failure::{read, write},
-    runner::MACHINES,
+    runner::{ANY, MACHINES},
     test,
 };
 
@@ -12,16 +12,12 @@ use crate::docker;
 
 /// The cases of this group.
 pub const TESTS: &[Test] = &[
-    test!(docker::security::a_container_is_confined, BUSYBOX, MACHINES)
+    test!(docker::security::a_container_is_confined, BUSYBOX, ANY)
         .docker()
         .fast_host(),
-    test!(
-        docker::security::a_container_is_let_loose,
-        BUSYBOX,
-        MACHINES
-    )
-    .docker()
-    .fast_host(),
+    test!(docker::security::a_container_is_let_loose, BUSYBOX, ANY)
+        .docker()
+        .fast_host(),
     test!(
         docker::security::a_privileged_one_has_the_guest_and_no_device_of_the_host,
         BUSYBOX,
