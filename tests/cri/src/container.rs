@@ -9,7 +9,7 @@ use crate::{Failure, Said, Sandbox, call, spec};
 
 /// A container's configuration with the least that kubelet gives.
 pub fn config(name: &str, image: Image, command: &[&str]) -> ContainerConfig {
-    ContainerConfig {
+    let mut config = ContainerConfig {
         metadata: Some(v1::ContainerMetadata {
             name: name.into(),
             attempt: 0,
@@ -18,7 +18,13 @@ pub fn config(name: &str, image: Image, command: &[&str]) -> ContainerConfig {
         command: command.iter().map(|&word| word.into()).collect(),
         log_path: format!("{name}.log"),
         ..Default::default()
-    }
+    };
+    // Processes of its own, as the pod's other containers have.
+    security(&mut config).namespace_options = Some(v1::NamespaceOption {
+        pid: v1::NamespaceMode::Container.into(),
+        ..Default::default()
+    });
+    config
 }
 
 /// A shell script as a container of busybox.

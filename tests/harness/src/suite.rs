@@ -619,7 +619,7 @@ impl Suite {
 
     /// How long an end that nobody waits for may take.
     pub fn settle(&self) -> Duration {
-        self.scale.seconds(3)
+        self.scale.seconds(8)
     }
 }
 

@@ -91,23 +91,11 @@ impl Server {
         if i64::try_from(offset).is_err() {
             return Err(Errno::INVAL);
         }
-        let count =
-            context
-                .identity
-                .without_fsetid(write_flags & WRITE_KILL_SUIDGID != 0, || {
-                    // A part of what comes from the guest's cache is no answer: the guest would make EIO of it, whatever the reason.
-                    let whole = write_flags & WRITE_CACHE != 0;
-                    let mut done = 0;
-                    loop {
-                        let rest = [IoSlice::new(data.get(done..).unwrap_or_default())];
-                        let at = offset.saturating_add(done as u64);
-                        let count = retry(|| pwritev2(&handle, &rest, at, mode))?;
-                        done = done.saturating_add(count);
-                        if count == 0 || done >= data.len() || !whole {
-                            return Ok(done);
-                        }
-                    }
-                })?;
+        let count = context
+            .identity
+            .without_fsetid(write_flags & WRITE_KILL_SUIDGID != 0, || {
+                retry(|| pwritev2(&handle, &[IoSlice::new(data)], offset, mode))
+            })?;
         reply.u32s(&[u32::try_from(count).map_err(|_| Errno::OVERFLOW)?, 0])
     }
 

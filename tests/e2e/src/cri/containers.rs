@@ -5,7 +5,7 @@ use bulkhead_cri::{
     container::{mount, resources, security, shell},
 };
 use bulkhead_harness::{
-    Context, Outcome, Suite, Test, ensure, ensure_eq,
+    Context, Image, Outcome, Suite, Test, ensure, ensure_eq,
     failure::{read, write},
     runner::{ANY, MACHINES},
     test,
@@ -185,10 +185,10 @@ fn see_the_processes_they_shall(suite: &Suite) -> Outcome {
 /// The agent holds a pod's `/pause`; another command of that image, or the same outside of a pod, is run.
 fn pause_costs_no_program_of_its_own(suite: &Suite) -> Outcome {
     let kind = ["--annotation", "io.kubernetes.cri.container-type=sandbox"];
-    let held = suite.run(bulkhead_harness::Image::Pause).flags(&kind);
+    let held = suite.run(Image::Pause).flags(&kind);
     let (pod, running) = held.args(&["/pause"]).attach()?;
     pod.wait_status("RUNNING", suite.scale.seconds(30))?;
-    let script = "tr '\\0' ' ' </proc/1/cmdline; cat /proc/1/comm; ls /proc | grep -c '^[0-9]'; readlink /proc/1/exe";
+    let script = "tr '\\0' ' ' </proc/1/cmdline; cat /proc/1/comm; ls /proc | grep -c '^[0-9]'; readlink /proc/1/exe || true";
     let said = pod.exec(&["sh", "-c", script]).output()?.ok()?.text();
     let words: Vec<&str> = said.split_whitespace().collect();
     // Itself, the shell, ls and grep; a script that waits would have another process.
@@ -202,17 +202,13 @@ fn pause_costs_no_program_of_its_own(suite: &Suite) -> Outcome {
     running.wait()?.expect(0)?;
     pod.delete()?;
 
-    let killed = suite.run(bulkhead_harness::Image::Pause).flags(&kind);
-    let pod = killed.args(&["/pause"]).detach()?;
-    ensure_eq!("exit status", pod.end()?, 137);
-
-    let other = suite.run(bulkhead_harness::Image::Pause).flags(&kind);
+    let other = suite.run(Image::Pause).flags(&kind);
     ensure_eq!(
         "another command",
         other.args(&["/pause", "-v"]).output()?.ok()?.text(),
         "pause"
     );
-    let alone = suite.run(bulkhead_harness::Image::Pause).args(&["/pause"]);
+    let alone = suite.run(Image::Pause).args(&["/pause"]);
     let pod = alone.detach()?;
     let exe = pod.sh("readlink /proc/1/exe")?;
     ensure!(exe.contains("busybox"), "not the image's program: {exe}");
@@ -229,6 +225,18 @@ fn resources_change_and_are_told(suite: &Suite) -> Outcome {
     resources(&mut busy).memory_limit_in_bytes = 64 << 20;
     let busy = pod.launch(busy)?;
     let idle = pod.launch(shell("idle", "exec sleep 1000000"))?;
+    let memory = |id: &str| -> Outcome<u64> {
+        let memory = pod.stats(id)?.memory.and_then(|m| m.working_set_bytes);
+        Ok(memory.context("no memory")?.value)
+    };
+    until(suite.scale.seconds(20), "20 MB are used", || {
+        Ok((20_000_000..64 << 20).contains(&memory(&busy)?))
+    })?;
+    let little = memory(&idle)?;
+    ensure!(
+        (1..10_000_000).contains(&little),
+        "the idle one has {little} bytes"
+    );
     let cpu = || -> Outcome<u64> {
         let cpu = pod
             .stats(&busy)?
@@ -237,22 +245,9 @@ fn resources_change_and_are_told(suite: &Suite) -> Outcome {
         Ok(cpu.context("no CPU time")?.value)
     };
     let before = cpu()?;
-    std::thread::sleep(suite.scale.seconds(2));
-    let used = cpu()?.saturating_sub(before);
-    ensure!(used > 500_000_000, "2 s of a busy loop are {used} ns");
-    let memory = |id: &str| -> Outcome<u64> {
-        let memory = pod.stats(id)?.memory.and_then(|m| m.working_set_bytes);
-        Ok(memory.context("no memory")?.value)
-    };
-    let (much, little) = (memory(&busy)?, memory(&idle)?);
-    ensure!(
-        (20_000_000..64 << 20).contains(&much),
-        "the busy one has {much} bytes"
-    );
-    ensure!(
-        (1..10_000_000).contains(&little),
-        "the idle one has {little} bytes"
-    );
+    until(suite.scale.seconds(20), "a second of a busy loop", || {
+        Ok(cpu()?.saturating_sub(before) > 1_000_000_000)
+    })?;
     let told = pod.pod_stats()?;
     ensure_eq!("containers in the pod's stats", told.containers.len(), 2);
 
@@ -264,7 +259,8 @@ fn resources_change_and_are_told(suite: &Suite) -> Outcome {
         ..Default::default()
     };
     pod.update(&busy, limits)?;
-    let seen = pod.sh(&busy, "cd /sys/fs/cgroup; cat memory.max cpu.max")?;
+    let script = "cd /sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup); cat memory.max cpu.max";
+    let seen = pod.sh(&busy, script)?;
     ensure_eq!("limits inside", seen, "100663296\n30000 100000");
     pod.end()
 }

@@ -97,7 +97,8 @@ fn of_every_kind_are_seen_on_both_sides(suite: &Suite) -> Outcome {
 
     pod.sh(&two, "echo through memory >/memory/x; chmod 644 /memory/x")?;
     ensure_eq!("memory", pod.sh(&one, "cat /memory/x")?, "through memory");
-    let full = pod.exec(&two, &["sh", "-c", "head -c 6000000 /dev/zero >/memory/y"])?;
+    let fill = ["dd", "if=/dev/zero", "of=/memory/y", "bs=1M", "count=6"];
+    let full = pod.exec(&two, &fill)?;
     ensure!(
         full.stderr.contains("No space left"),
         "the tmpfs has no limit: {full:?}"
