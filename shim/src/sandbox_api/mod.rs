@@ -37,6 +37,9 @@ use crate::{
 /// How long the ends of a stopped pod's processes may take to be recorded.
 const RECORDED: Duration = Duration::from_secs(5);
 
+/// How long the answer to `ShutdownSandbox` has to be on its way: containerd takes a connection that ends before for an error.
+const ANSWERED: Duration = Duration::from_millis(100);
+
 /// The states that CRI knows.
 const READY: &str = "SANDBOX_READY";
 const NOT_READY: &str = "SANDBOX_NOTREADY";
@@ -277,7 +280,11 @@ impl Sandbox for Service {
     ) -> Rpc<ShutdownSandboxResponse> {
         // Also without a sandbox: containerd calls it when none could be made.
         self.stop().await;
-        self.shared().end_shim();
+        let shared = self.shared().clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(ANSWERED).await;
+            shared.end_shim();
+        });
         reply(
             "shutdown_sandbox",
             &req.sandbox_id,

@@ -346,7 +346,7 @@ fn the_pid_that_containerd_knows_means_that_container_of_the_pod() {
     assert_eq!(sent["linux"]["namespaces"][4]["path"], "/proc/60/ns/pid");
     let spec = with(
         "/linux/namespaces",
-        json!([{"type":"mount"}, {"type":"ipc","path":"/proc/1002/ns/ipc"}]),
+        json!([{"type":"mount"}, {"type":"network"}, {"type":"ipc","path":"/proc/1002/ns/ipc"}]),
     );
     let mut spec = parse(&spec).unwrap();
     assert!(spec.joins());

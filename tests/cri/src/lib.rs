@@ -287,6 +287,20 @@ impl Sandbox<'_> {
         Ok(std::iter::once(network.ip).chain(more).collect())
     }
 
+    /// PodSandboxStatus: whether it is ready, and what containerd's runtime adds.
+    pub fn state(&self) -> Outcome<(bool, serde_json::Value)> {
+        let request = v1::PodSandboxStatusRequest {
+            pod_sandbox_id: self.id.clone(),
+            verbose: true,
+        };
+        let answer = call!(self.cri, pod_sandbox_status, request)?;
+        let status = answer.status.context("no status")?;
+        let ready = status.state() == v1::PodSandboxState::SandboxReady;
+        let info = answer.info.get("info").map(String::as_str);
+        let info = serde_json::from_str(info.unwrap_or("null")).context("the info")?;
+        Ok((ready, info))
+    }
+
     /// PortForward: where containerd's streaming server serves it.
     pub fn forward(&self, port: u16) -> Outcome<String> {
         let request = v1::PortForwardRequest {

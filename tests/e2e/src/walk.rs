@@ -2,8 +2,8 @@
 
 use bulkhead_cri::Cri;
 use bulkhead_harness::{
-    Context, Image, Outcome, Suite, Test, command::Input, ensure, ensure_eq, events::Events,
-    failure::read, runner::ANY, runner::MACHINES, skip, test,
+    Context, Image, Invocation, Outcome, Suite, Test, command::Input, ensure, ensure_eq,
+    events::Events, failure::read, runner::ANY, runner::MACHINES, skip, test,
 };
 
 use crate::{network::until, walk};
@@ -139,7 +139,26 @@ fn pod_without_a_pause_container(suite: &Suite) -> Outcome {
         return skip("this containerd does not know the Sandbox API");
     }
     let cri = Cri::connect(suite, CRI)?;
-    pod(&cri, cri.run_with("sandboxed", cri.config("walk"))?)
+    pod(&cri, cri.run_with("sandboxed", cri.config("walk"))?)?;
+
+    let pod = cri.run_with("sandboxed", cri.config("outlives"))?;
+    let container = pod.start("one", Image::Busybox, &["sleep", "1000000"])?;
+    suite.restart_containerd()?;
+    let cri = Cri::connect(suite, CRI)?;
+    let pod = pod.through(&cri);
+    ensure_eq!("exec", pod.exec(&container, &["echo", "on"])?.stdout, "on");
+    let (ready, info) = pod.state()?;
+    let pid = info["pid"]
+        .as_u64()
+        .context(format_args!("pid in {info}"))?;
+    ensure!(ready && info["vcpus"].as_u64() > Some(0), "{info}");
+    // The machine's end is the pod's.
+    let kill = Invocation::new("kill").args(["-9", &pid.to_string()]);
+    kill.output()?.ok()?;
+    until(suite.scale.seconds(10), "the pod is not ready", || {
+        Ok(!pod.state()?.0)
+    })?;
+    pod.end()
 }
 
 /// What kubelet does with a pod, and what it then reads.
