@@ -453,6 +453,18 @@ static void network(void)
 	}
 }
 
+// What the machine has beyond what the kernel started with: it was told to leave a CPU and the memory from 512 MiB on.
+static void growth(void)
+{
+	long before = sysconf(_SC_PHYS_PAGES);
+
+	claim(sysconf(_SC_NPROCESSORS_ONLN) == 1, "a vCPU is held back");
+	claim(write_file("/sys/devices/system/cpu/cpu1/online", "1"), "it comes online");
+	claim(write_file("/sys/devices/system/memory/probe", "0x20000000"), "memory is added by its address");
+	claim(strcmp(contents("/sys/devices/system/memory/memory4/online"), "1\n") == 0, "added memory is online");
+	claim((sysconf(_SC_PHYS_PAGES) - before) * sysconf(_SC_PAGESIZE) == 128L << 20, "128 MiB were added");
+}
+
 int main(void)
 {
 	const char *cpus = getenv("cpus");
@@ -483,6 +495,7 @@ int main(void)
 	system_calls();
 	network();
 	proc_and_sys();
+	growth();
 	if (cpus)
 		claim(sysconf(_SC_NPROCESSORS_ONLN) == atoi(cpus), "%s vCPUs are online", cpus);
 	printf("done\n");

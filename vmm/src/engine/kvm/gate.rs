@@ -40,10 +40,10 @@ impl Gate {
         self.closed.load(Ordering::SeqCst)
     }
 
-    /// Blocks the calling vCPU while the gate is closed.
-    pub fn pass(&self) {
+    /// Blocks the calling vCPU while the gate is closed; whether it was.
+    pub fn pass(&self) -> bool {
         if !self.is_closed() {
-            return;
+            return false;
         }
         let mut parked = self.parked.lock().unwrap_or_else(PoisonError::into_inner);
         *parked += 1;
@@ -55,6 +55,7 @@ impl Gate {
                 .unwrap_or_else(PoisonError::into_inner);
         }
         *parked -= 1;
+        true
     }
 
     /// Returns once `count` vCPUs wait before the gate; `false` if they do not within `limit`.
@@ -131,8 +132,8 @@ mod tests {
         assert!(threads.iter().all(|thread| !thread.is_finished()));
         gate.open();
         for thread in threads {
-            thread.join().unwrap();
+            assert!(thread.join().unwrap());
         }
-        gate.pass();
+        assert!(!gate.pass());
     }
 }
