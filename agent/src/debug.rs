@@ -395,7 +395,7 @@ mod tests {
             };
             host.write_all(&header.encode().unwrap()).await.unwrap();
             let error = answer(&mut host).await.unwrap_err();
-            assert_eq!(error, "program /no/such: not found");
+            assert_eq!(error, "program /no/such does not exist");
             let mut host = dial(&shell);
             host.write_all(b"{}\n").await.unwrap();
             assert!(answer(&mut host).await.is_err());
