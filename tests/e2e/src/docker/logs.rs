@@ -42,7 +42,7 @@ fn bulk_is_kept_over_rotation(suite: &Suite) -> Outcome {
     let script = format!("yes {text_of_line} | head -n {lines} | cat -n");
     let limit = suite
         .scale
-        .seconds(60 + u32::try_from(lines >> 11).unwrap_or(0));
+        .seconds(60 + u32::try_from(lines >> 10).unwrap_or(0));
     let made = Made::by(suite, &["rm", "-f", "bulk"]);
     let args = [
         "--name",
