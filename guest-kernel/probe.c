@@ -453,15 +453,15 @@ static void network(void)
 	}
 }
 
-// What the machine has beyond what the kernel started with: it was told to leave a CPU and the memory from 512 MiB on.
+// What the machine has beyond what the kernel started with: it was told to leave a CPU and the memory from 640 MiB on.
 static void growth(void)
 {
 	long before = sysconf(_SC_PHYS_PAGES);
 
 	claim(sysconf(_SC_NPROCESSORS_ONLN) == 1, "a vCPU is held back");
 	claim(write_file("/sys/devices/system/cpu/cpu1/online", "1"), "it comes online");
-	claim(write_file("/sys/devices/system/memory/probe", "0x20000000"), "memory is added by its address");
-	claim(strcmp(contents("/sys/devices/system/memory/memory4/online"), "1\n") == 0, "added memory is online");
+	claim(write_file("/sys/devices/system/memory/probe", "0x28000000"), "memory is added by its address");
+	claim(strcmp(contents("/sys/devices/system/memory/memory5/online"), "1\n") == 0, "added memory is online");
 	claim((sysconf(_SC_PHYS_PAGES) - before) * sysconf(_SC_PAGESIZE) == 128L << 20, "128 MiB were added");
 }
 
