@@ -99,6 +99,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
         images: args.images.clone(),
         docker: None,
         containerd: None,
+        older: None,
         scale,
     })?;
     let mut figures = start::figures(&suite, &plan)?;
