@@ -121,7 +121,8 @@ impl Pod {
         let fs = ProcessId::load(&dir.join("fs.pid")).filter(alive);
         let emulator = vmm.and_then(|vmm| emulator_of(vmm.pid, dir));
         let processes: Vec<Process> = [
-            ("shim", shim.map(|id| id.pid)),
+            ("keeper", shim.map(|id| id.pid)),
+            ("shim", shim.and_then(|id| id.session().first().copied())),
             ("vmm", vmm.map(|id| id.pid)),
             ("fs", fs.map(|id| id.pid)),
             ("emulator", emulator),

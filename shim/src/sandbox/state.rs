@@ -173,7 +173,8 @@ impl ProcessId {
         true
     }
 
-    fn session(self) -> Vec<i32> {
+    /// The other processes of the session that it leads.
+    pub fn session(self) -> Vec<i32> {
         pids()
             .filter(|&pid| pid != self.pid)
             .filter(|&pid| {

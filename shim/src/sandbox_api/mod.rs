@@ -232,6 +232,7 @@ impl Sandbox for Service {
         _: &TtrpcContext,
         req: StartSandboxRequest,
     ) -> Rpc<StartSandboxResponse> {
+        let _awake = self.shared().awake().await;
         let result = self.shared().start_sandbox(&req.sandbox_id).await;
         reply("start_sandbox", &req.sandbox_id, result)
     }
@@ -297,6 +298,7 @@ impl Sandbox for Service {
         _: &TtrpcContext,
         req: SandboxMetricsRequest,
     ) -> Rpc<SandboxMetricsResponse> {
+        let _awake = self.shared().awake().await;
         let result = self.shared().sandbox_metrics(&req.sandbox_id).await;
         reply("sandbox_metrics", &req.sandbox_id, result)
     }

@@ -22,7 +22,7 @@ impl Drop for Call {
 
 impl Shared {
     /// Lets the vCPUs run until the result is dropped; nothing without a pod.
-    pub(super) async fn awake(self: &Arc<Self>) -> Option<Call> {
+    pub(crate) async fn awake(self: &Arc<Self>) -> Option<Call> {
         let pod = self.state().pod.clone()?;
         let awake = pod.rest().wake().await;
         Some(Call {

@@ -92,6 +92,7 @@ fn run(args: &Args, chosen: &[&Case]) -> anyhow::Result<usize> {
         images: args.images.clone().unwrap_or_else(|| dist.clone()),
         docker: None,
         containerd: None,
+        older: None,
         scale: Scale::detect(false),
     })?;
     side::make_shims(&shims, &suite, &dist)?;
