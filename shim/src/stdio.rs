@@ -7,12 +7,13 @@
 //! both, so a shim that dies loses nothing and repeats nothing. What goes to a file is read from the socket only after it was written: of a
 //! shim that dies in between, one piece can be there twice.
 
+mod moving;
+
 use std::{
     collections::HashMap,
-    fs, future,
-    io::{self, Write},
+    fs, future, io,
     os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, OwnedFd},
         unix::fs::{FileTypeExt, OpenOptionsExt},
     },
     path::PathBuf,
@@ -23,22 +24,18 @@ use std::{
     time::Duration,
 };
 
-use bulkhead_protocol::{agent, limits::STREAM_BUFFER, stream::StreamKind};
-use rustix::{
-    event::{PollFd, PollFlags, poll},
-    net::{RecvFlags, recv},
-    pipe::{SpliceFlags, splice},
-};
+use bulkhead_protocol::{agent, stream::StreamKind};
 use serde::{Deserialize, Serialize};
 use tokio::{
-    io::{Interest, unix::AsyncFd},
+    io::Interest,
     net::UnixStream,
     sync::Notify,
     task::JoinHandle,
     time::{Instant, sleep, sleep_until},
 };
 
-use crate::{keeper::Kept, watch::watch};
+use self::moving::{output_to_fifo, output_to_file, splice_some, watched};
+use crate::keeper::Kept;
 
 /// After CloseIO, how long other writers of the stdin fifo may stay silent.
 const STDIN_LINGER: Duration = Duration::from_secs(1);
@@ -424,89 +421,6 @@ fn path_of(stream: &'static str, uri: &str) -> Result<PathBuf, Error> {
         stream,
         uri: uri.into(),
     })
-}
-
-/// Whether something can be done with a descriptor now.
-fn is_ready(fd: BorrowedFd<'_>, what: PollFlags) -> bool {
-    let mut fds = [PollFd::from_borrowed_fd(fd, what)];
-    let now = rustix::event::Timespec::default();
-    poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
-}
-
-/// Waits until a descriptor can be read from, or written to.
-async fn wait_for(fd: &AsyncFd<OwnedFd>, interest: Interest) -> io::Result<()> {
-    let what = match interest {
-        Interest::READABLE => PollFlags::IN,
-        _ => PollFlags::OUT,
-    };
-    loop {
-        let mut ready = fd.ready(interest).await?;
-        if is_ready(fd.as_fd(), what) {
-            return Ok(());
-        }
-        ready.clear_ready();
-    }
-}
-
-/// Moves what there is, at most a buffer's worth, once both ends are ready; 0 at the end.
-async fn splice_some(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>) -> io::Result<usize> {
-    loop {
-        wait_for(from, Interest::READABLE).await?;
-        wait_for(to, Interest::WRITABLE).await?;
-        let flags = SpliceFlags::NONBLOCK | SpliceFlags::MOVE;
-        match splice(from, None, to, None, STREAM_BUFFER, flags) {
-            Ok(n) => return Ok(n),
-            // The one or the other was ready no more.
-            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {
-                tokio::task::yield_now().await;
-            }
-            Err(error) => return Err(error.into()),
-        }
-    }
-}
-
-fn watched(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
-    rustix::io::ioctl_fionbio(&fd, true)?;
-    watch(fd, interest)
-}
-
-async fn output_to_fifo(from: OwnedFd, to: OwnedFd, progress: &AtomicU64) -> io::Result<()> {
-    let from = watched(from, Interest::READABLE)?;
-    let to = watched(to, Interest::WRITABLE)?;
-    while splice_some(&from, &to).await? > 0 {
-        progress.fetch_add(1, Ordering::Relaxed);
-    }
-    Ok(())
-}
-
-async fn output_to_file(from: OwnedFd, to: OwnedFd, progress: &AtomicU64) -> io::Result<()> {
-    let from = Arc::new(watched(from, Interest::READABLE)?);
-    let to = Arc::new(fs::File::from(to));
-    loop {
-        wait_for(&from, Interest::READABLE).await?;
-        let (source, file) = (from.clone(), to.clone());
-        let copied = tokio::task::spawn_blocking(move || copy_some(&*source, &file));
-        match copied.await.map_err(io::Error::other)? {
-            Ok(0) => return Ok(()),
-            Ok(_) => drop(progress.fetch_add(1, Ordering::Relaxed)),
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-            Err(e) => return Err(e),
-        }
-    }
-}
-
-/// Writes what the socket holds, at most a buffer's worth, and only then takes it out. 0 at the end.
-fn copy_some(from: &impl AsFd, mut to: &fs::File) -> io::Result<usize> {
-    let mut buffer = vec![0; STREAM_BUFFER];
-    let look = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-    let (n, _) = recv(from, &mut *buffer, look)?;
-    let seen = buffer.get_mut(..n).unwrap_or_default();
-    to.write_all(seen)?;
-    if n > 0 {
-        // Nobody else reads it: it is there.
-        recv(from, seen, RecvFlags::DONTWAIT)?;
-    }
-    Ok(n)
 }
 
 async fn pump_stdin(stdin: Stdin, to: OwnedFd, close: &Notify, keep: &Keep) -> io::Result<()> {

@@ -12,6 +12,7 @@ pub mod adopt;
 pub mod control;
 mod error;
 mod failure;
+mod files;
 pub mod growth;
 pub mod machine;
 pub mod network;
@@ -54,7 +55,6 @@ use crate::{
     check,
     config::{Config, Engine},
     keeper,
-    mounts::Tree,
 };
 
 /// How long the guest may take to power off before it is stopped from outside.
@@ -326,45 +326,6 @@ impl Pod {
         match self.network.update(Some(agent), true).await {
             Err(error) => Err(self.explain(error.into()).await),
             Ok(()) => Ok(()),
-        }
-    }
-
-    /// Hands trees to the file server; if one is refused, those before it are taken back.
-    pub async fn add_trees(&self, trees: &[Tree]) -> Result<(), Error> {
-        for (done, tree) in trees.iter().enumerate() {
-            if !tree.fresh {
-                continue;
-            }
-            let added = match tree.open() {
-                Ok(fd) => self.add_tree(tree, fd).await,
-                Err(error) => Err(error.into()),
-            };
-            if let Err(error) = added {
-                let done = trees.get(..done).unwrap_or_default();
-                let done: Vec<Tree> = done.iter().filter(|t| t.fresh).cloned().collect();
-                self.remove_trees(&done).await;
-                return Err(error);
-            }
-        }
-        Ok(())
-    }
-
-    async fn add_tree(&self, tree: &Tree, fd: OwnedFd) -> Result<(), Error> {
-        let request = control::add_tree(&tree.id, tree.readonly, tree.shared);
-        self.files.request(request, vec![fd]).await?;
-        Ok(())
-    }
-
-    /// Takes trees back.
-    pub async fn remove_trees(&self, trees: &[Tree]) {
-        for tree in trees {
-            if self.end().is_some() {
-                return;
-            }
-            let request = control::remove_tree(&tree.id);
-            if let Err(error) = self.files.request(request, Vec::new()).await {
-                tracing::warn!(tree = tree.id, %error, "a tree stays until the pod ends");
-            }
         }
     }
 
