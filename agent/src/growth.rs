@@ -24,6 +24,10 @@ async fn grow_in(devices: &Path, request: &GrowRequest) -> Result<GrowResponse> 
         return Err(Error::field("vcpus", format!("is more than {VCPUS_MAX}")));
     }
     let mut response = GrowResponse::new();
+    // First, so that it does not wait for a CPU that does not come.
+    if !request.memory.is_empty() {
+        response.memory_bytes = memory(devices, request).await?;
+    }
     // The first cannot be off.
     response.vcpus = 1;
     for cpu in 1..request.vcpus {
@@ -31,9 +35,12 @@ async fn grow_in(devices: &Path, request: &GrowRequest) -> Result<GrowResponse> 
         response.vcpus = response.vcpus.saturating_add(1);
         tokio::task::yield_now().await;
     }
-    if request.memory.is_empty() {
-        return Ok(response);
-    }
+    Ok(response)
+}
+
+/// Adds what is not there yet; how many bytes of what is asked for are there then.
+async fn memory(devices: &Path, request: &GrowRequest) -> Result<u64> {
+    let mut bytes = 0_u64;
     let memory = devices.join("memory");
     let size = block_size(&memory.join("block_size_bytes"))?;
     for (index, range) in request.memory.iter().enumerate() {
@@ -48,13 +55,13 @@ async fn grow_in(devices: &Path, request: &GrowRequest) -> Result<GrowResponse> 
                 .is_some_and(|next_address| next_address <= end)
         }) {
             add(&memory, block, size)?;
-            response.memory_bytes = response.memory_bytes.saturating_add(size);
+            bytes = bytes.saturating_add(size);
             block = next;
             // A large growth takes a while, and everything else of the agent runs on this thread.
             tokio::task::yield_now().await;
         }
     }
-    Ok(response)
+    Ok(bytes)
 }
 
 /// Adds a block that is not there; the kernel brings it online by itself, unless somebody has told it otherwise.

@@ -37,6 +37,8 @@ use crate::{
     reaper::now,
 };
 
+/// How long to wait when the agent is out of descriptors.
+const EXHAUSTED: Duration = Duration::from_millis(200);
 /// How long a stream's connection may take to send its header.
 const HEADER_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -62,7 +64,8 @@ pub async fn serve(pod: Arc<Pod>) -> anyhow::Result<()> {
         .with_context(|| format!("tell the host on vsock port {READY_PORT}"))?;
     let forwarder = Arc::new(Forwarder::new(pod.network()));
     tokio::spawn(async move {
-        while let Ok(connection) = forwards.accept().await {
+        loop {
+            let connection = forwards.next().await;
             let forwarder = Arc::clone(&forwarder);
             tokio::spawn(async move { forwarder.serve(connection).await });
         }
@@ -71,14 +74,15 @@ pub async fn serve(pod: Arc<Pod>) -> anyhow::Result<()> {
         let shells = HostOnly(listen(DEBUG_PORT)?);
         let shell = Arc::new(Shell::new(pod.reaper()));
         tokio::spawn(async move {
-            while let Ok(connection) = shells.accept().await {
+            loop {
+                let connection = shells.next().await;
                 let shell = Arc::clone(&shell);
                 tokio::spawn(async move { shell.serve(connection).await });
             }
         });
     }
     loop {
-        let connection = streams.accept().await.context("accept a stream")?;
+        let connection = streams.next().await;
         let pod = Arc::clone(&pod);
         tokio::spawn(async move {
             let _ = tokio::time::timeout(HEADER_PATIENCE, take_stream(pod, connection)).await;
@@ -112,6 +116,16 @@ async fn take_stream(pod: Arc<Pod>, mut connection: VsockStream) -> Option<()> {
 struct HostOnly(VsockListener);
 
 impl HostOnly {
+    /// The next connection. A port is never given up: a container could take it over.
+    async fn next(&self) -> VsockStream {
+        loop {
+            match self.accept().await {
+                Ok(connection) => return connection,
+                Err(_) => tokio::time::sleep(EXHAUSTED).await,
+            }
+        }
+    }
+
     async fn accept(&self) -> std::io::Result<VsockStream> {
         std::future::poll_fn(|context| self.poll(context)).await
     }

@@ -16,6 +16,11 @@ use super::{
 };
 use crate::sandbox::control::Client;
 
+/// Pieces of one source that are written in one turn: more than the VMM keeps of its console.
+const PIECES_MAX: usize = 32;
+/// Longest line; a longer one is broken.
+const LINE_MAX: usize = 4096;
+
 /// How often what is new is looked for.
 const PACE: Duration = Duration::from_millis(300);
 /// Bytes read of a log at once.
@@ -58,13 +63,20 @@ impl Logs {
     pub fn write_new(&mut self, out: &mut impl Write) -> io::Result<bool> {
         let mut any = false;
         for ((name, source), rest) in self.sources.iter_mut().zip(&mut self.rests) {
-            // A source that is gone has nothing more to say.
-            while let Some(text) = source.next().filter(|text| !text.is_empty()) {
+            // A source that is gone has nothing more to say; one that never ends has the next turn.
+            for _ in 0..PIECES_MAX {
+                let Some(text) = source.next().filter(|text| !text.is_empty()) else {
+                    break;
+                };
                 any = true;
                 rest.push_str(&shown(&text));
                 while let Some((line, more)) = rest.split_once('\n') {
                     writeln!(out, "{name:<5} | {line}")?;
                     *rest = more.to_owned();
+                }
+                if rest.len() > LINE_MAX {
+                    writeln!(out, "{name:<5} | {rest}")?;
+                    rest.clear();
                 }
             }
         }

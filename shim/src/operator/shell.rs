@@ -207,8 +207,9 @@ impl<'a> Raw<'a> {
 }
 
 impl Drop for Raw<'_> {
+    /// What the terminal has answered to the guest's questions is no input for the operator's own shell.
     fn drop(&mut self) {
-        let _ = tcsetattr(self.terminal, OptionalActions::Now, &self.before);
+        let _ = tcsetattr(self.terminal, OptionalActions::Flush, &self.before);
     }
 }
 

@@ -67,6 +67,7 @@ impl Sizing {
 /// The VMM's answer to `grow`.
 #[derive(Deserialize)]
 struct Grown {
+    vcpus: u32,
     memory: Vec<Range>,
 }
 
@@ -190,13 +191,17 @@ impl Growth {
         let answer = self.control.request(request, Vec::new()).await?;
         let grown = Grown::deserialize(answer)?;
         let mut request = agent::GrowRequest::new();
-        request.vcpus = u32::try_from(target.vcpus).unwrap_or(u32::MAX);
+        request.vcpus = grown.vcpus;
         request.memory = grown.memory.iter().map(range).collect();
+        let given = grown.memory.iter().map(|range| range.len).sum::<u64>();
         let taken = agent.grow(deadline(TAKE_UP), &request).await?;
         let start = self.sizing.start;
         let size = Size {
             vcpus: u64::from(taken.vcpus).min(target.vcpus),
-            memory_mib: start.memory_mib.saturating_add(taken.memory_bytes >> 20),
+            // The guest's word, as far as it was given that much.
+            memory_mib: start
+                .memory_mib
+                .saturating_add(taken.memory_bytes.min(given) >> 20),
         };
         self.state().size = size;
         tracing::info!(?size, "the machine grew");

@@ -227,12 +227,13 @@ impl Shared {
             if self.state().containers.remove(id).is_none() {
                 return Err(Error::NotFound(container.name("")));
             }
-            Record::forget(container.pod.dir(), id);
             container.pod.growth().forget(id);
             self.note_containers(&container.pod);
             self.release_trees(Some(&container.pod), &container.made.trees)
                 .await;
             container.pod.remove_pid(pid).await;
+            // Not before: a shim that takes over would know nothing of what is still to be given back.
+            Record::forget(container.pod.dir(), id);
             let mut event = TaskDelete::new();
             event.container_id = id.into();
             event.pid = pid;
@@ -349,10 +350,12 @@ async fn delete_in_guest(container: &Container, exec_id: &str) -> Result<(), Err
     }
 }
 
-/// A time that the guest knows, by the host's clock.
+/// A time that the guest knows, by the host's clock; at most the host's own age.
 fn ago(time: Duration) -> Timestamp {
     let now = SystemTime::now();
-    now.checked_sub(time).unwrap_or(now).into()
+    let booted = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let age = Duration::from_secs(u64::try_from(booted.tv_sec).unwrap_or(0));
+    now.checked_sub(time.min(age)).unwrap_or(now).into()
 }
 
 /// An end without the agent's word.

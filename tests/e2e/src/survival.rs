@@ -27,7 +27,7 @@ pub const TESTS: &[Test] = &[
         MACHINES
     ),
     test!(
-        survival::shim_killed_while_containerd_is_away,
+        survival::shim_killed_while_a_killed_containerd_is_away,
         BUSYBOX,
         MACHINES
     ),
@@ -162,7 +162,7 @@ fn shim_killed_during_start_starts_all_the_same(suite: &Suite) -> Outcome {
     Ok(())
 }
 
-fn shim_killed_while_containerd_is_away(suite: &Suite) -> Outcome {
+fn shim_killed_while_a_killed_containerd_is_away(suite: &Suite) -> Outcome {
     let folder = suite.folder("survival")?;
     let log = folder.join("log");
     let script =
@@ -174,7 +174,7 @@ fn shim_killed_while_containerd_is_away(suite: &Suite) -> Outcome {
         ensure!(Instant::now() < end, "no output in the log");
         std::thread::sleep(Duration::from_millis(20));
     }
-    suite.restart_containerd_and(|| kill(suite, &pod, Signal::KILL))?;
+    suite.kill_containerd_and(|| kill(suite, &pod, Signal::KILL))?;
     let status = pod.status()?.map(|(_, status)| status);
     ensure_eq!("status", status, Some("RUNNING".to_owned()));
     ensure_eq!("exec", pod.sh("echo on")?, "on");

@@ -105,12 +105,16 @@ disabled_plugins = [{cri_off}"io.containerd.snapshotter.v1.aufs", "io.containerd
 
     /// Ends containerd and starts it again; tasks go on in between.
     pub fn restart(&mut self) -> Outcome {
-        self.restart_and(|| Ok(()))
+        self.again(Signal::TERM, || Ok(()))
     }
 
-    /// The same, and something else while it is away.
-    pub fn restart_and(&mut self, meanwhile: impl FnOnce() -> Outcome) -> Outcome {
-        self.end()?;
+    /// Kills containerd, does something else while it is away, and starts it again.
+    pub fn kill_and(&mut self, meanwhile: impl FnOnce() -> Outcome) -> Outcome {
+        self.again(Signal::KILL, meanwhile)
+    }
+
+    fn again(&mut self, signal: Signal, meanwhile: impl FnOnce() -> Outcome) -> Outcome {
+        self.end(signal)?;
         meanwhile()?;
         self.child = Self::spawn(&self.settings)?;
         self.wait_until_ready()
@@ -171,12 +175,12 @@ disabled_plugins = [{cri_off}"io.containerd.snapshotter.v1.aufs", "io.containerd
         Err(Failure::Failed("containerd does not answer".into()))
     }
 
-    fn end(&mut self) -> Outcome {
+    fn end(&mut self, signal: Signal) -> Outcome {
         let pid = i32::try_from(self.child.id())
             .ok()
             .and_then(Pid::from_raw)
             .context("pid")?;
-        let _ = kill_process(pid, Signal::TERM);
+        let _ = kill_process(pid, signal);
         let end = Instant::now() + self.settings.limit;
         while matches!(self.child.try_wait(), Ok(None)) {
             if Instant::now() > end {
@@ -207,7 +211,7 @@ pub fn major_version(folder: Option<&Path>) -> Outcome<u32> {
 
 impl Drop for Containerd {
     fn drop(&mut self) {
-        let _ = self.end();
+        let _ = self.end(Signal::TERM);
     }
 }
 

@@ -524,11 +524,11 @@ impl Suite {
         containerd.as_mut().context("no containerd")?.restart()
     }
 
-    /// The same, and something else while it is away.
-    pub fn restart_containerd_and(&self, meanwhile: impl FnOnce() -> Outcome) -> Outcome {
+    /// Kills containerd, does something else while it is away, and starts it again.
+    pub fn kill_containerd_and(&self, meanwhile: impl FnOnce() -> Outcome) -> Outcome {
         let mut containerd = self.containerd.borrow_mut();
         let containerd = containerd.as_mut().context("no containerd")?;
-        containerd.restart_and(meanwhile)
+        containerd.kill_and(meanwhile)
     }
 
     /// Where a leak check looks.

@@ -113,21 +113,29 @@ impl Machine {
         let (vcpus, added) = (size.vcpus_for(vcpus)?, size.added_for(memory_mib)?);
         if added > size.added {
             if let Engine::Kvm(engine) = &self.engine {
-                let memory = engine.grow_memory(added)?;
-                size.added = added;
-                for net in &self.nets {
-                    net.memory_grew(&memory)?;
-                }
+                engine.grow_memory(added)?;
             }
             size.added = added;
         }
+        if let Engine::Kvm(engine) = &self.engine
+            && added > 0
+        {
+            // All of them, and each time: one that failed before is told again.
+            let memory = engine.memory();
+            let told = self.nets.iter().map(|net| net.memory_grew(&memory));
+            told.fold(Ok(()), Result::and)?;
+        }
         if vcpus > size.vcpus {
-            if let Engine::Kvm(engine) = &self.engine {
-                let grown = engine.grow_vcpus(vcpus);
-                size.vcpus = engine.vcpus();
-                grown?;
-            }
-            size.vcpus = vcpus;
+            size.vcpus = match &self.engine {
+                Engine::Kvm(engine) => {
+                    // The answer tells how many there are: memory does not wait for them.
+                    if let Err(error) = engine.grow_vcpus(vcpus) {
+                        tracing::error!(%error, "not all vCPUs could be made");
+                    }
+                    engine.vcpus()
+                }
+                Engine::Emulated(_) => vcpus,
+            };
         }
         let grown = size.grown();
         tracing::info!(

@@ -1,6 +1,9 @@
 //! What was placed: written before anything is done, so that a broken installation can be taken back as well.
 
-use std::{fs, io, path::PathBuf};
+use std::{
+    fs, io,
+    path::{Component, PathBuf},
+};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -66,10 +69,27 @@ impl Manifest {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(io_error("reading", &path)(source)),
         };
-        let manifest = serde_json::from_slice(&text).map_err(|error| Error::Unreadable {
-            path,
-            why: error.to_string(),
-        })?;
+        let unreadable = |why: String| Error::Unreadable {
+            path: path.clone(),
+            why,
+        };
+        let mut manifest: Self =
+            serde_json::from_slice(&text).map_err(|error| unreadable(error.to_string()))?;
+        for entry in &mut manifest.entries {
+            let mut parts = entry.path.components();
+            let absolute = parts.next() == Some(Component::RootDir);
+            if !absolute || !parts.all(|part| matches!(part, Component::Normal(_))) {
+                let shown = entry.path.display();
+                return Err(unreadable(format!("{shown} is no path of an installation")));
+            }
+            if let Kind::File {
+                before: Some(before),
+                ..
+            } = &mut entry.kind
+            {
+                before.mode &= 0o777;
+            }
+        }
         Ok(Some(manifest))
     }
 

@@ -97,7 +97,7 @@ impl GuestMemory {
 
     /// Makes what was added after the start `added` bytes, whole blocks within the reserve. On an error the guest has
     /// what it had.
-    pub fn grow(&mut self, vm: &VmFd, added: u64) -> Result<SharedMemory, MemoryError> {
+    pub fn grow(&mut self, vm: &VmFd, added: u64) -> Result<(), MemoryError> {
         let more = added.saturating_sub(self.added);
         let from = layout::mapping_len(self.boot, self.added);
         let new = layout::growth_ranges(from, more);
@@ -108,7 +108,12 @@ impl GuestMemory {
         // Devices know the memory before the guest can use it: it hears of it after this.
         let now = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
         now.replace(map);
-        Ok(self.shared.memory().into_inner())
+        Ok(())
+    }
+
+    /// The map of what there is now.
+    pub fn map(&self) -> SharedMemory {
+        self.shared.memory().into_inner()
     }
 
     /// A slot of KVM's for each range; all or none.

@@ -185,9 +185,14 @@ impl KvmEngine {
         u8::try_from(lock(&self.threads).len()).unwrap_or(u8::MAX)
     }
 
-    /// Makes what was added after the start `added` bytes: whole blocks, within the reserve. The answer is the new map.
-    pub fn grow_memory(&self, added: u64) -> Result<SharedMemory, KvmError> {
+    /// Makes what was added after the start `added` bytes: whole blocks, within the reserve.
+    pub fn grow_memory(&self, added: u64) -> Result<(), KvmError> {
         Ok(lock(&self.memory).grow(&self.vm, added)?)
+    }
+
+    /// The map of the memory that there is now.
+    pub fn memory(&self) -> SharedMemory {
+        lock(&self.memory).map()
     }
 
     /// Stops all vCPUs; returns when none is in the guest. If one does not stop in time, all go on.
