@@ -79,10 +79,11 @@ fn is_ours(owner: Option<Owner>, bundle: &Path, member: bool) -> bool {
 
 fn clean(dir: &Path, owner: Option<Owner>, socket: &Path) -> Result<(), Error> {
     if let Some(owner) = owner
-        && !owner.shim.wait_gone_alone(SHIM_END)
+        // With its worker, which ends by itself when the keeper is gone.
+        && !owner.shim.wait_gone(SHIM_END)
     {
         owner.shim.kill_session();
-        owner.shim.wait_gone_alone(SHIM_END);
+        owner.shim.wait_gone(SHIM_END);
     }
     state::kill_children(dir);
     note::clean(dir);

@@ -148,6 +148,11 @@ async fn serve_on(args: &Args, config: Config, channel: OwnedFd) -> anyhow::Resu
         shutdown.clone(),
         kept.clone(),
     );
+    // Before anything is taken over, so that a signal in the middle is heard.
+    // A Go shim ends on the first two; containerd then calls `delete`.
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hangup = signal(SignalKind::hangup())?;
     if kept.takes_over()
         && let Err(error) = service.adopt().await
     {
@@ -160,10 +165,6 @@ async fn serve_on(args: &Args, config: Config, channel: OwnedFd) -> anyhow::Resu
         .register_service(service.register());
     server.start().await?;
     tracing::debug!("serving");
-    // A Go shim ends on these, too; containerd then calls `delete`.
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut hangup = signal(SignalKind::hangup())?;
     tokio::select! {
         () = shutdown.notified() => {}
         () = service.unused(UNUSED_LIMIT) => tracing::warn!("no pod: nobody needs this shim"),

@@ -121,6 +121,14 @@ impl Keep {
         }
     }
 
+    /// The end of the stream is the end of the process's stdin, and without a reader a writer of the fifo hears of it: nobody else
+    /// holds them.
+    fn forget_stdin(&self) {
+        for role in [role::STDIN, role::STDIN_FIFO, role::STDIN_WRITER] {
+            self.kept.forget(&self.process, Some(role));
+        }
+    }
+
     fn store(&self, role: &str, fd: &impl AsFd) {
         self.kept.store(&self.process, role, fd.as_fd());
     }
@@ -136,6 +144,16 @@ pub struct Io {
     /// The guest's ends, from a shim before.
     guests: HashMap<String, OwnedFd>,
     restored: bool,
+    started: bool,
+}
+
+/// What was opened for a process that did not come to be is kept for nobody.
+impl Drop for Io {
+    fn drop(&mut self) {
+        if !self.started {
+            self.keep.kept.forget(&self.keep.process, None);
+        }
+    }
 }
 
 impl Io {
@@ -150,6 +168,7 @@ impl Io {
             keep,
             guests: HashMap::new(),
             restored: false,
+            started: false,
         };
         for (sink, role) in [
             (&io.stdout, role::STDOUT_SINK),
@@ -188,6 +207,7 @@ impl Io {
             keep,
             guests: kept,
             restored,
+            started: false,
         }
     }
 
@@ -211,6 +231,8 @@ impl Io {
     where
         F: Future<Output = io::Result<UnixStream>>,
     {
+        // From here on the pumps let go.
+        self.started = true;
         let mut pumps = Pumps::new(self.keep.clone());
         let outputs = [
             (
@@ -257,8 +279,7 @@ impl Io {
                 if let Err(error) = pump_stdin(stdin, stream, &close, &keep).await {
                     tracing::debug!(%error, "stdin ended early");
                 }
-                // The end of the stream is the end of the process's stdin: nobody else holds it.
-                keep.kept.forget(&keep.process, Some(role::STDIN));
+                keep.forget_stdin();
             }));
         }
         Ok(pumps)
@@ -304,9 +325,12 @@ impl Pumps {
         }
     }
 
-    /// A handle that ends stdin when notified.
-    pub fn closer(&self) -> Arc<Notify> {
-        self.close.clone()
+    /// Ends stdin, after what is in the fifo.
+    pub fn close_stdin(&self) {
+        // First: should the shim die now, the next one sees that it was closed.
+        let keep = &self.keep;
+        keep.kept.forget(&keep.process, Some(role::STDIN_WRITER));
+        self.close.notify_one();
     }
 
     /// Opens stdin: the process is about to start.
@@ -318,6 +342,7 @@ impl Pumps {
     pub fn drop_stdin(&mut self) {
         if let Some(task) = self.stdin.take() {
             task.abort();
+            self.keep.forget_stdin();
         }
     }
 
@@ -430,10 +455,10 @@ async fn pump_stdin(stdin: Stdin, to: OwnedFd, close: &Notify, keep: &Keep) -> i
             let mut options = fs::OpenOptions::new();
             options.custom_flags(libc::O_NONBLOCK);
             let fifo = OwnedFd::from(options.clone().read(true).open(&stdin.path)?);
-            keep.store(role::STDIN_FIFO, &fifo);
-            // Our own writer keeps it from ending before CloseIO.
+            // Our own writer keeps it from ending before CloseIO. Stored first: a reader alone would mean that it was closed.
             let writer = OwnedFd::from(options.write(true).open(&stdin.path)?);
             keep.store(role::STDIN_WRITER, &writer);
+            keep.store(role::STDIN_FIFO, &fifo);
             (fifo, Some(writer))
         }
     };

@@ -119,7 +119,7 @@ async fn stdin_ends_by_close_io_after_what_is_in_the_fifo() {
         .open(&paths.stdin)
         .unwrap();
     writer.write_all(&[b'x'; 1000]).unwrap();
-    pumps.closer().notify_one();
+    pumps.close_stdin();
     drop(writer);
     let mut rest = Vec::new();
     guest.read_to_end(&mut rest).await.unwrap();
@@ -139,7 +139,7 @@ async fn stdin_ends_by_close_io_also_when_a_writer_stays() {
         .open(&paths.stdin)
         .unwrap();
     writer.write_all(b"data").unwrap();
-    pumps.closer().notify_one();
+    pumps.close_stdin();
     let mut rest = Vec::new();
     peers.pop().unwrap().read_to_end(&mut rest).await.unwrap();
     assert_eq!(rest, b"data");

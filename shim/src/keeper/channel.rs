@@ -44,6 +44,8 @@ pub enum Message {
     End,
     /// To the keeper: we end, and another shall take over.
     Replace,
+    /// Of another version: to be ignored.
+    Unknown,
 }
 
 /// Both ends.
@@ -107,7 +109,7 @@ pub fn receive(
         }
     }
     let text = buffer.get(..received).unwrap_or_default();
-    let message = serde_json::from_slice(text).map_err(io::Error::other)?;
+    let message = serde_json::from_slice(text).unwrap_or(Message::Unknown);
     Ok(Some((message, fd)))
 }
 
@@ -132,6 +134,9 @@ mod tests {
         assert!(message == store() && fd.is_some());
         let (message, fd) = receive(b.as_fd(), true).unwrap().unwrap();
         assert!(message == Message::Go { first: false } && fd.is_none());
+        rustix::net::send(&a, b"\"later\"", SendFlags::empty()).unwrap();
+        let (message, _) = receive(b.as_fd(), true).unwrap().unwrap();
+        assert_eq!(message, Message::Unknown);
         drop(a);
         assert!(receive(b.as_fd(), false).is_err());
     }

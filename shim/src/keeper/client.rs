@@ -16,8 +16,10 @@ use super::{
 
 /// Bytes that wait for one side at most before the other is not read any more (and one frame more).
 const WAITING_MAX: usize = 64 << 10;
-/// Calls without an answer at most: more are not read.
+/// Calls without an answer that are remembered at most.
 const CALLS_MAX: usize = 16 * 1024;
+/// A call that so many workers have not outlived is answered with an error: it may be what kills them.
+const TRIES_MAX: u32 = 4;
 /// How long the worker's death may take to be seen after one of its connections ended; a connection that it closed alone is closed.
 const DEATH: Duration = Duration::from_secs(1);
 
@@ -29,8 +31,8 @@ pub struct Client {
     answered: Cutter,
     to_worker: Vec<u8>,
     to_client: Vec<u8>,
-    /// By stream, oldest first.
-    calls: BTreeMap<u32, Frame>,
+    /// By stream, oldest first, with the number of workers that died before they answered.
+    calls: BTreeMap<u32, (Frame, u32)>,
     /// Since when the worker's end is closed.
     lost: Option<Instant>,
     over: bool,
@@ -75,7 +77,10 @@ impl Client {
         let mut outer = PollFlags::empty();
         outer.set(PollFlags::IN, self.takes_calls());
         outer.set(PollFlags::OUT, !self.to_client.is_empty());
-        fds.push(PollFd::new(&self.outer, outer));
+        // Without an interest only its end would be told, again and again.
+        if !outer.is_empty() {
+            fds.push(PollFd::new(&self.outer, outer));
+        }
         if self.lost.is_none() {
             let mut inner = PollFlags::empty();
             inner.set(PollFlags::IN, self.to_client.len() < WAITING_MAX);
@@ -85,7 +90,7 @@ impl Client {
     }
 
     fn takes_calls(&self) -> bool {
-        self.to_worker.len() < WAITING_MAX && self.calls.len() < CALLS_MAX
+        self.to_worker.len() < WAITING_MAX
     }
 
     /// Moves what can be moved.
@@ -99,8 +104,9 @@ impl Client {
             Ok(open)
         });
         self.over = !outer.unwrap_or(false);
-        if self.lost.is_none() && write(&mut self.inner, &mut self.to_worker).is_err() {
-            self.lost = Some(Instant::now());
+        // A worker that is gone is seen by reading, after its last answers.
+        if self.lost.is_none() {
+            let _ = write(&mut self.inner, &mut self.to_worker);
         }
     }
 
@@ -117,8 +123,8 @@ impl Client {
             self.asked.push(buffer.get(..n).unwrap_or_default());
             while let Some(frame) = self.asked.next()? {
                 self.to_worker.extend_from_slice(frame.bytes());
-                if frame.is_request() {
-                    self.calls.insert(frame.stream(), frame);
+                if frame.is_request() && self.calls.len() < CALLS_MAX {
+                    self.calls.insert(frame.stream(), (frame, 0));
                 }
             }
         }
@@ -144,8 +150,9 @@ impl Client {
         Ok(())
     }
 
-    /// Connects it to a new worker: gives back that one's end. The calls without an answer are sent `again`, or answered with an error.
-    pub fn reconnect(&mut self, again: bool) -> io::Result<UnixStream> {
+    /// Connects it to a new worker: gives back that one's end. The calls without an answer are sent again; one that was sent too often
+    /// is answered with an error, unless it only waits.
+    pub fn reconnect(&mut self) -> io::Result<UnixStream> {
         // Answers that were on their way are answers.
         if self.lost.is_none() {
             let _ = self.take_answers();
@@ -155,16 +162,16 @@ impl Client {
         self.lost = None;
         self.answered.clear();
         self.to_worker.clear();
-        if again {
-            for frame in self.calls.values() {
-                self.to_worker.extend_from_slice(frame.bytes());
+        let (to_worker, to_client) = (&mut self.to_worker, &mut self.to_client);
+        self.calls.retain(|&stream, (frame, tries)| {
+            *tries = tries.saturating_add(1);
+            let again = *tries <= TRIES_MAX || frame.waits();
+            match again {
+                true => to_worker.extend_from_slice(frame.bytes()),
+                false => to_client.extend_from_slice(Frame::lost(stream).bytes()),
             }
-        } else {
-            for stream in std::mem::take(&mut self.calls).into_keys() {
-                self.to_client
-                    .extend_from_slice(Frame::lost(stream).bytes());
-            }
-        }
+            again
+        });
         Ok(theirs)
     }
 }
@@ -226,7 +233,7 @@ mod tests {
         drop(worker);
         client.pump();
         assert!(!client.is_over());
-        let mut next = client.reconnect(true).unwrap();
+        let mut next = client.reconnect().unwrap();
         client.pump();
         assert_eq!(take(&mut next, 20), [frame(1, 1), frame(5, 1)].concat());
         next.write_all(&frame(5, 2)).unwrap();
@@ -242,12 +249,30 @@ mod tests {
         client.pump();
         worker.write_all(&frame(1, 2)).unwrap();
         drop(worker);
-        let next = client.reconnect(true).unwrap();
+        let next = client.reconnect().unwrap();
         client.pump();
         assert_eq!(take(&mut containerd, 10), frame(1, 2));
         next.set_nonblocking(true).unwrap();
         let again = read(&mut { next }, &mut [0; 10]).unwrap();
         assert_eq!(again, None);
+    }
+
+    #[test]
+    fn a_call_that_no_worker_outlives_is_given_up() {
+        let (mut containerd, outer) = UnixStream::pair().unwrap();
+        let (mut client, _worker) = Client::new(outer).unwrap();
+        containerd.write_all(&frame(1, 1)).unwrap();
+        client.pump();
+        for _ in 0..TRIES_MAX {
+            client.reconnect().unwrap();
+            assert_eq!(client.calls.len(), 1);
+        }
+        client.reconnect().unwrap();
+        assert!(client.calls.is_empty());
+        client.pump();
+        let mut said = [0; 10];
+        containerd.read_exact(&mut said).unwrap();
+        assert_eq!(&said[7..9], &[1, 2]);
     }
 
     #[test]

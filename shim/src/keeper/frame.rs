@@ -3,7 +3,7 @@
 use std::io;
 
 use protobuf::Message;
-use ttrpc::proto::{Code, Response, Status};
+use ttrpc::proto::{Code, Request, Response, Status};
 
 /// Bytes of a header.
 const HEADER: usize = 10;
@@ -32,6 +32,12 @@ impl Frame {
     /// Whether it asks.
     pub fn is_request(&self) -> bool {
         self.0.get(8) == Some(&REQUEST)
+    }
+
+    /// Whether it asks for the end of something, which can take for ever.
+    pub fn waits(&self) -> bool {
+        let request = Request::parse_from_bytes(self.0.get(HEADER..).unwrap_or_default());
+        request.is_ok_and(|request| matches!(request.method.as_str(), "Wait" | "WaitSandbox"))
     }
 
     /// Whether it answers.
@@ -131,6 +137,18 @@ mod tests {
         let mut cutter = Cutter::default();
         cutter.push(&[0xff; 10]);
         assert!(cutter.next().is_err());
+    }
+
+    #[test]
+    fn a_wait_is_told_from_other_calls() {
+        for (method, waits) in [("Wait", true), ("WaitSandbox", true), ("Kill", false)] {
+            let mut request = Request::new();
+            request.method = method.into();
+            let body = request.write_to_bytes().unwrap();
+            let mut cutter = Cutter::default();
+            cutter.push(&frame(1, REQUEST, &body));
+            assert_eq!(cutter.next().unwrap().unwrap().waits(), waits);
+        }
     }
 
     #[test]

@@ -52,8 +52,13 @@ pub const SERVE: &str = "serve";
 const DEATHS_MAX: usize = 10;
 /// ...within this time is not started again: containerd cleans up.
 const DEATHS_WITHIN: Duration = Duration::from_secs(30);
-/// After so many deaths the calls without an answer are answered with an error: one of them may be what kills.
-const DEATHS_WITH_CALLS: usize = 7;
+/// So many deaths lately are followed at once; before the next there is a pause, which doubles...
+const DEATHS_AT_ONCE: usize = 3;
+const PAUSE: Duration = Duration::from_millis(100);
+/// ...up to this.
+const PAUSE_MAX: Duration = Duration::from_secs(3);
+/// How long no connection is taken after one could not be.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 /// Most descriptors that are stored.
 const STORED_MAX: usize = 16 * 1024;
 /// How long answers may take to go out after the worker's orderly end.
@@ -82,6 +87,8 @@ struct Keeper {
     /// The worker has made way on purpose.
     wanted: bool,
     deaths: Vec<Instant>,
+    /// No connection is taken before.
+    accepts_from: Option<Instant>,
 }
 
 /// Keeps the shim of `args`, whose listening socket is `listener`. The worker is a copy of this process: it returns first.
@@ -90,14 +97,15 @@ pub fn run(args: &Args, listener: UnixListener) -> io::Result<Role> {
     let program = env::current_exe()?;
     // Orphans of a worker (VMM, file server) come to us, and nobody has to reap them.
     set_child_subreaper(Some(rustix::process::getpid()))?;
-    ignore_children(true);
+    raise_descriptors();
+    be_keeper(true);
     listener.set_nonblocking(true)?;
     let (channel, theirs) = channel::pair()?;
     // SAFETY: this process has one thread, so the child finds every lock free.
     match unsafe { libc::fork() } {
         -1 => return Err(io::Error::last_os_error()),
         0 => {
-            ignore_children(false);
+            be_keeper(false);
             return Ok(Role::Worker(theirs));
         }
         _ => {}
@@ -115,16 +123,41 @@ pub fn run(args: &Args, listener: UnixListener) -> io::Result<Role> {
         over: false,
         wanted: false,
         deaths: Vec::new(),
+        accepts_from: None,
     };
     keeper.keep()?;
     Ok(Role::Over)
 }
 
-/// Children that nobody waits for leave no zombies.
-fn ignore_children(ignore: bool) {
-    let action = if ignore { libc::SIG_IGN } else { libc::SIG_DFL };
-    // SAFETY: both are dispositions that need no handler.
-    unsafe { libc::signal(libc::SIGCHLD, action) };
+/// The keeper's signals: children that nobody waits for leave no zombies, and what ends or renews a pod is the worker's business.
+fn be_keeper(keeper: bool) {
+    let action = if keeper { libc::SIG_IGN } else { libc::SIG_DFL };
+    for signal in [libc::SIGCHLD, libc::SIGHUP, libc::SIGTERM, libc::SIGINT] {
+        // SAFETY: both are dispositions that need no handler.
+        unsafe { libc::signal(signal, action) };
+    }
+}
+
+/// Streams of many processes are kept; worker and keeper may have what the hard limit allows.
+fn raise_descriptors() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!(%error, "raising the limit of descriptors");
+    }
+}
+
+/// How long to wait before the next worker.
+fn pause(deaths: usize) -> Duration {
+    match deaths.checked_sub(DEATHS_AT_ONCE) {
+        None | Some(0) => Duration::ZERO,
+        Some(more) => {
+            let doubled =
+                u32::try_from(more).map_or(u32::MAX, |n| 1 << n.min(16).saturating_sub(1));
+            PAUSE.saturating_mul(doubled).min(PAUSE_MAX)
+        }
+    }
 }
 
 impl Keeper {
@@ -151,14 +184,24 @@ impl Keeper {
 
     /// Waits for something to do; tells whether the listener and the channel have it.
     fn wait(&self) -> io::Result<(bool, bool)> {
+        let mut timeout = self
+            .accepts_from
+            .map(|from| from.saturating_duration_since(Instant::now()));
+        let listens = timeout.is_none_or(|rest| rest.is_zero());
         let mut fds = vec![
-            PollFd::new(&self.listener, PollFlags::IN),
             PollFd::new(&self.channel, PollFlags::IN),
+            // An empty interest still hears of errors, of which a listening socket has none.
+            PollFd::new(
+                &self.listener,
+                match listens {
+                    true => PollFlags::IN,
+                    false => PollFlags::empty(),
+                },
+            ),
         ];
-        let mut timeout = None;
         for client in &self.clients {
             client.interests(&mut fds);
-            timeout = timeout.or(client.timeout());
+            timeout = timeout.into_iter().chain(client.timeout()).min();
         }
         let timeout = timeout.and_then(|t| rustix::event::Timespec::try_from(t).ok());
         match poll(&mut fds, timeout.as_ref()) {
@@ -166,20 +209,23 @@ impl Keeper {
             Err(error) => return Err(error.into()),
         }
         let ready = |fd: Option<&PollFd<'_>>| fd.is_some_and(|fd| !fd.revents().is_empty());
-        Ok((ready(fds.first()), ready(fds.get(1))))
+        Ok((ready(fds.get(1)), ready(fds.first())))
     }
 
     fn accept(&mut self) {
-        let Ok((stream, _)) = self.listener.accept() else {
-            return;
-        };
-        match Client::new(stream) {
+        self.accepts_from = None;
+        let accepted = self.listener.accept().map(|(stream, _)| stream);
+        match accepted.and_then(Client::new) {
             Ok((client, end)) => {
                 // Should the worker be dead, its successor gets the client.
                 let _ = channel::send(self.channel.as_fd(), &Message::Client, Some(end.as_fd()));
                 self.clients.push(client);
             }
-            Err(error) => tracing::warn!(%error, "accepting a connection"),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => {
+                tracing::warn!(%error, "accepting a connection");
+                self.accepts_from = Some(Instant::now() + ACCEPT_AGAIN);
+            }
         }
     }
 
@@ -209,28 +255,50 @@ impl Keeper {
         }
     }
 
-    /// The worker is gone: the program that is on the disk now takes over.
+    /// The worker is gone: the program that is on the disk now takes over. A program that does not start is a death, too: an upgrade may be
+    /// under way.
     fn replace(&mut self) -> io::Result<()> {
-        self.deaths.retain(|at| at.elapsed() < DEATHS_WITHIN);
-        if !std::mem::take(&mut self.wanted) {
-            self.deaths.push(Instant::now());
+        if std::mem::take(&mut self.wanted) {
+            if self.hand_over().is_ok() {
+                return Ok(());
+            }
+        } else {
             tracing::error!("the shim died: another takes over");
         }
-        let deaths = self.deaths.len();
-        if deaths > DEATHS_MAX {
-            return Err(io::Error::other("the shim dies again and again"));
+        loop {
+            self.deaths.retain(|at| at.elapsed() < DEATHS_WITHIN);
+            self.deaths.push(Instant::now());
+            let deaths = self.deaths.len();
+            if deaths > DEATHS_MAX {
+                return Err(io::Error::other("the shim dies again and again"));
+            }
+            std::thread::sleep(pause(deaths));
+            match self.hand_over() {
+                Ok(()) => return Ok(()),
+                Err(error) => tracing::error!(%error, "starting another shim"),
+            }
         }
+    }
+
+    /// Starts a worker and gives it all there is.
+    fn hand_over(&mut self) -> io::Result<()> {
         let (channel, theirs) = channel::pair()?;
-        self.channel = channel;
-        spawn_with(&self.program, theirs.as_fd(), &self.args, Some(SERVE))?;
+        // With ignored children a failed start cannot be told from a started one.
+        be_keeper(false);
+        let started = spawn_with(&self.program, theirs.as_fd(), &self.args, Some(SERVE));
+        be_keeper(true);
+        // What has ended in between.
+        while let Ok(Some(_)) = rustix::process::wait(rustix::process::WaitOptions::NOHANG) {}
+        started?;
         drop(theirs);
+        self.channel = channel;
         for ((process, role), fd) in &self.stored {
             let (process, role) = (process.clone(), role.clone());
             let message = Message::Store { process, role };
             channel::send(self.channel.as_fd(), &message, Some(fd.as_fd()))?;
         }
         for client in &mut self.clients {
-            let end = client.reconnect(deaths <= DEATHS_WITH_CALLS)?;
+            let end = client.reconnect()?;
             channel::send(self.channel.as_fd(), &Message::Client, Some(end.as_fd()))?;
         }
         let go = Message::Go { first: false };
@@ -274,8 +342,6 @@ pub fn spawn_with(
         command.pre_exec(move || {
             if detach {
                 rustix::process::setsid()?;
-            } else {
-                libc::signal(libc::SIGCHLD, libc::SIG_DFL);
             }
             let done = if fd == INHERITED_FD {
                 libc::fcntl(fd, libc::F_SETFD, 0)
@@ -303,4 +369,19 @@ fn stream_pair() -> io::Result<(UnixStream, UnixStream)> {
     ours.set_nonblocking(true)?;
     theirs.set_nonblocking(true)?;
     Ok((ours, theirs))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_deaths_are_followed_at_once_and_later_ones_ever_later() {
+        assert_eq!(pause(1), Duration::ZERO);
+        assert_eq!(pause(3), Duration::ZERO);
+        assert_eq!(pause(4), PAUSE);
+        assert_eq!(pause(5), PAUSE * 2);
+        assert_eq!(pause(DEATHS_MAX), PAUSE_MAX);
+        assert_eq!(pause(1000), PAUSE_MAX);
+    }
 }

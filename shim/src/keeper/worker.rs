@@ -84,6 +84,20 @@ impl Kept {
         restored.remove(process).unwrap_or_default()
     }
 
+    /// Lets go of what nobody took: it belongs to something that was given up.
+    pub fn forget_the_rest(&self) {
+        let rest = std::mem::take(
+            &mut *self
+                .0
+                .restored
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner),
+        );
+        for process in rest.into_keys() {
+            self.forget(&process, None);
+        }
+    }
+
     /// Has a copy of a descriptor kept.
     pub fn store(&self, process: &str, role: &str, fd: BorrowedFd<'_>) {
         let (process, role) = (process.to_owned(), role.to_owned());

@@ -4,6 +4,7 @@
 //! that wanted it is made again.
 
 use std::{
+    io,
     path::Path,
     sync::{Arc, OnceLock},
 };
@@ -28,12 +29,11 @@ use crate::config::Config;
 
 impl Pod {
     /// Notes that the machine is ready, and what another shim would have to know.
-    pub fn save(&self, port_forward: bool, sandbox: Option<(String, i64, i32)>) {
+    pub fn save(&self, port_forward: bool) {
         let ready = Ready {
             network: self.network.namespace().path().map(Path::to_owned),
             port_forward,
             sizing: self.growth.sizing(),
-            sandbox,
         };
         self.book.change(|record| record.ready = Some(ready));
     }
@@ -55,10 +55,12 @@ impl Pod {
         timeline: Arc<Timeline>,
     ) -> Result<Option<(Arc<Self>, Ready)>, Error> {
         let dir = state::pod_dir(&config.state, namespace, id)?;
-        if !dir.exists() {
-            return Ok(None);
-        }
-        let record = Record::load(&dir).ok();
+        let record = match Record::load(&dir) {
+            Ok(record) => Some(record),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            // A pod may run all the same.
+            Err(source) => return Err(state_error(&dir)(source)),
+        };
         let Some((record, ready)) = record.and_then(|r| Some((r.clone(), r.ready?))) else {
             state::kill_children(&dir);
             note::clean(&dir);

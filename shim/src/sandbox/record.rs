@@ -55,8 +55,6 @@ pub struct Ready {
     pub port_forward: bool,
     /// The bounds of its size.
     pub sizing: Sizing,
-    /// Where the sandbox's bundle is, and when it was asked for (seconds, nanoseconds): only a pod of the Sandbox API.
-    pub sandbox: Option<(String, i64, i32)>,
 }
 
 impl Record {
@@ -112,7 +110,11 @@ impl Book {
     pub fn change(&self, change: impl FnOnce(&mut Record)) {
         let mut slot = self.record.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(record) = slot.as_mut() else { return };
+        let before = record.clone();
         change(record);
+        if *record == before {
+            return;
+        }
         if let Err(error) = save(&self.dir, record) {
             tracing::warn!(%error, "writing {FILE}");
         }

@@ -8,7 +8,7 @@
 mod config;
 mod files;
 
-use std::{fs, path::Path, sync::Arc, time::Duration};
+use std::{fs, io, path::Path, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bulkhead_protocol::agent;
@@ -23,7 +23,7 @@ use containerd_shim_protos::{
     },
     sandbox_async::Sandbox,
 };
-use protobuf::{MessageField, well_known_types::timestamp::Timestamp};
+use protobuf::{Message, MessageField, well_known_types::timestamp::Timestamp};
 use serde_json::json;
 use tokio::time::timeout;
 use ttrpc::r#async::TtrpcContext;
@@ -40,6 +40,10 @@ const RECORDED: Duration = Duration::from_secs(5);
 /// How long the answer to `ShutdownSandbox` has to be on its way: containerd takes a connection that ends before for an error.
 const ANSWERED: Duration = Duration::from_millis(100);
 
+/// Files in the bundle: what was asked for, and when.
+const ASKED: &str = "bulkhead-sandbox";
+const ASKED_AT: &str = "bulkhead-sandbox-at";
+
 /// The states that CRI knows.
 const READY: &str = "SANDBOX_READY";
 const NOT_READY: &str = "SANDBOX_NOTREADY";
@@ -52,24 +56,23 @@ pub struct Asked {
 }
 
 impl Asked {
-    /// What another shim must know of it: bundle, seconds and nanoseconds of its making.
-    pub fn note(&self) -> (String, i64, i32) {
-        let bundle = self.request.bundle.clone();
-        (bundle, self.created_at.seconds, self.created_at.nanos)
+    /// Leaves it in the bundle, for another shim.
+    fn save(&self) -> io::Result<()> {
+        let dir = Path::new(&self.request.bundle);
+        let request = self.request.write_to_bytes().map_err(io::Error::other)?;
+        fs::write(dir.join(ASKED), request)?;
+        let time = self.created_at.write_to_bytes().map_err(io::Error::other)?;
+        fs::write(dir.join(ASKED_AT), time)
     }
 
-    /// What an earlier shim has noted of sandbox `id`.
-    pub fn restore(id: &str, (bundle, seconds, nanos): (String, i64, i32)) -> Self {
-        let mut request = CreateTaskRequest::new();
-        request.id = id.into();
-        request.bundle = bundle;
-        let mut created_at = Timestamp::new();
-        created_at.seconds = seconds;
-        created_at.nanos = nanos;
-        Self {
+    /// What an earlier shim has left in the bundle, which is the shim's working folder.
+    pub fn load() -> Option<Self> {
+        let request = CreateTaskRequest::parse_from_bytes(&fs::read(ASKED).ok()?).ok()?;
+        let created_at = Timestamp::parse_from_bytes(&fs::read(ASKED_AT).ok()?).ok()?;
+        Some(Self {
             request,
             created_at,
-        }
+        })
     }
 }
 
@@ -104,11 +107,14 @@ impl Shared {
         request.id.clone_from(&req.sandbox_id);
         request.bundle.clone_from(&req.bundle_path);
         request.rootfs.clone_from(&req.rootfs);
-        let created_at = now();
-        self.state().sandbox = Some(Asked {
+        let asked = Asked {
             request,
-            created_at,
-        });
+            created_at: now(),
+        };
+        if let Err(error) = asked.save() {
+            tracing::warn!(%error, "another shim would not know that it is a sandbox");
+        }
+        self.state().sandbox = Some(asked);
         Ok(CreateSandboxResponse::new())
     }
 

@@ -9,7 +9,7 @@ use bulkhead_protocol::agent::{self, Phase as GuestPhase};
 use tokio::time::{Instant, sleep};
 
 use super::{
-    CALL, MAKE, Service, Shared, answer,
+    CALL, Service, Shared, answer,
     container::{Container, Made},
     error::Error,
     life::{KILLED, killed},
@@ -22,13 +22,17 @@ use crate::{
     stdio::{Io, Keep},
 };
 
+/// How long a half-made container may be busy.
+const TAKE_BACK: Duration = Duration::from_secs(20);
 /// How long to wait before a half-made container is asked for again.
 const BUSY: Duration = Duration::from_millis(100);
 
 impl Service {
     /// Takes over from a shim that died. An error means that it cannot be.
     pub async fn adopt(&self) -> Result<(), sandbox::Error> {
-        self.0.adopt().await
+        let adopted = self.0.adopt().await;
+        self.0.kept.forget_the_rest();
+        adopted
     }
 }
 
@@ -37,6 +41,7 @@ type Known = HashMap<(String, String), GuestPhase>;
 
 impl Shared {
     async fn adopt(self: &Arc<Self>) -> Result<(), sandbox::Error> {
+        self.state().sandbox = Asked::load();
         let timeline = self.timeline.clone();
         let found = Pod::adopt(&self.config, &self.namespace, &self.pod_id, timeline).await?;
         let Some((pod, ready)) = found else {
@@ -51,9 +56,6 @@ impl Shared {
             }
             state.trees.skip();
             state.pod = Some(pod.clone());
-            state.sandbox = ready
-                .sandbox
-                .map(|asked| Asked::restore(&self.pod_id, asked));
         }
         let _awake = self.awake().await;
         for record in &records {
@@ -62,6 +64,7 @@ impl Shared {
             }
         }
         let known = known(&pod).await?;
+        self.take_back_execs(&pod, &records, &known).await;
         for record in records {
             if let Some(made) = record.made {
                 let (trees, hooks) = (record.trees, record.hooks);
@@ -143,6 +146,10 @@ impl Shared {
             }
             // The container was being deleted.
             (None, None) => drop(process.stop(killed(KILLED))),
+            (None, Some(GuestPhase::CREATED)) if exec.is_empty() => {
+                // It may have been killed.
+                self.watch(container.clone(), process);
+            }
             (None, Some(GuestPhase::CREATED)) => {}
             (None, Some(_)) => {
                 process.begin_start();
@@ -153,11 +160,32 @@ impl Shared {
         }
     }
 
+    /// Execs that the guest has and nobody has noted go: their Exec comes again.
+    async fn take_back_execs(&self, pod: &Pod, records: &[Record], known: &Known) {
+        for (container, exec) in known.keys().filter(|(_, exec)| !exec.is_empty()) {
+            let record = records.iter().find(|record| record.id == *container);
+            let Some(made) = record.and_then(|record| record.made.as_ref()) else {
+                continue;
+            };
+            if made.processes.iter().any(|saved| saved.exec_id == *exec) {
+                continue;
+            }
+            let mut request = agent::ProcessRequest::new();
+            request.container.clone_from(container);
+            request.exec_id.clone_from(exec);
+            if let Ok(agent) = pod.agent()
+                && let Err(error) = agent.delete(deadline(CALL), &request).await
+            {
+                tracing::warn!(container, exec, %error, "a half-made exec stays in the guest");
+            }
+        }
+    }
+
     /// A container that was being made goes: its Create comes again.
     async fn take_back(&self, pod: &Arc<Pod>, record: &Record) {
         tracing::warn!(container = record.id, "half made: taken back");
         let result = async {
-            let end = Instant::now() + MAKE;
+            let end = Instant::now() + TAKE_BACK;
             while known_raw(pod)
                 .await?
                 .containers

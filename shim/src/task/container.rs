@@ -44,6 +44,8 @@ pub struct Container {
     paused: AtomicBool,
     /// Taken over, and nobody has asked to create it since.
     recovered: AtomicBool,
+    /// Deleted: nothing of it is noted any more.
+    deleted: AtomicBool,
     /// A signal waits for it since it was paused.
     signalled: AtomicBool,
 }
@@ -66,6 +68,7 @@ impl Container {
             execs: Mutex::default(),
             paused: AtomicBool::new(false),
             recovered: AtomicBool::new(false),
+            deleted: AtomicBool::new(false),
             signalled: AtomicBool::new(false),
         })
     }
@@ -73,6 +76,16 @@ impl Container {
     /// It was taken over: its Create may come again, which was answered by nobody.
     pub fn recover(&self) {
         self.recovered.store(true, Ordering::Relaxed);
+    }
+
+    /// It is deleted.
+    pub fn set_deleted(&self) {
+        self.deleted.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it is deleted.
+    pub fn is_deleted(&self) -> bool {
+        self.deleted.load(Ordering::Relaxed)
     }
 
     /// Whether a Create of what is there is such a one; true once.

@@ -32,7 +32,6 @@ use crate::{
         timeline::{Stage, short},
         vsock,
     },
-    sandbox_api::Asked,
     spec::{self, Cpus, Guest, Host, Spec},
     stdio::{Io, Keep, Paths, Pumps},
 };
@@ -48,6 +47,8 @@ impl Shared {
         check_id("id", &req.id)?;
         let there = self.container(&req.id).ok();
         if let Some(container) = there.filter(|c| c.is_asked_again()) {
+            // Perhaps once more than containerd needs.
+            self.publish_create(req, container.made.host_pid);
             let mut response = CreateTaskResponse::new();
             response.pid = container.made.host_pid;
             return Ok(response);
@@ -228,8 +229,7 @@ impl Shared {
             self.state().pod = None;
             return Err(error.into());
         }
-        let sandbox = self.state().sandbox.as_ref().map(Asked::note);
-        pod.save(spec.port_forward(), sandbox);
+        pod.save(spec.port_forward());
         pod.stage_ended(Stage::Network);
         network::follow::start(&pod, pod.network());
         if spec.port_forward() {
@@ -344,6 +344,7 @@ impl Shared {
         }
         let there = container.process(&req.exec_id).ok();
         if there.is_some_and(|process| process.is_asked_again()) {
+            self.publish_exec(req);
             return Ok(Empty::new());
         }
         let program = spec::process(&req.spec.value, &container.made.cpus)?;
@@ -353,10 +354,13 @@ impl Shared {
             stderr: req.stderr.clone(),
             terminal: req.terminal,
         };
-        let io = Io::open(&paths, Keep::new(&self.kept, &req.id, &req.exec_id))?;
-        let process = Process::new(&req.exec_id, paths);
+        let process = Process::new(&req.exec_id, paths.clone());
+        // First: the streams of another of this name are kept under it.
         container.add_exec(process.clone())?;
-        let made = self.make_exec(&container, req, program, io).await;
+        let made = match Io::open(&paths, Keep::new(&self.kept, &req.id, &req.exec_id)) {
+            Ok(io) => self.make_exec(&container, req, program, io).await,
+            Err(error) => Err(error.into()),
+        };
         match made {
             Ok(pumps) => process.set_pumps(pumps),
             Err(error) => {
@@ -365,11 +369,15 @@ impl Shared {
             }
         }
         container.save();
+        self.publish_exec(req);
+        Ok(Empty::new())
+    }
+
+    fn publish_exec(&self, req: &ExecProcessRequest) {
         let mut event = TaskExecAdded::new();
         event.container_id.clone_from(&req.id);
         event.exec_id.clone_from(&req.exec_id);
         self.events.publish(&event);
-        Ok(Empty::new())
     }
 
     async fn make_exec(

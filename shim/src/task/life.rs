@@ -38,6 +38,9 @@ impl Shared {
     ) -> Result<StartResponse, Error> {
         let (container, process) = self.process(id, exec_id)?;
         if process.phase() != Phase::Created && process.is_asked_again() {
+            if process.exit().is_none() {
+                self.publish_start(&container, exec_id);
+            }
             let mut response = StartResponse::new();
             response.pid = container.made.host_pid;
             return Ok(response);
@@ -72,23 +75,27 @@ impl Shared {
             return Err(error.into());
         }
         let pid = container.made.host_pid;
-        if exec_id.is_empty() {
-            let mut event = TaskStart::new();
-            event.container_id = id.into();
-            event.pid = pid;
-            self.events.publish(&event);
-        } else {
-            let mut event = TaskExecStarted::new();
-            event.container_id = id.into();
-            event.exec_id = exec_id.into();
-            event.pid = pid;
-            self.events.publish(&event);
-        }
+        self.publish_start(&container, exec_id);
         process.started();
         self.watch(container, process);
         let mut response = StartResponse::new();
         response.pid = pid;
         Ok(response)
+    }
+
+    fn publish_start(&self, container: &Container, exec_id: &str) {
+        if exec_id.is_empty() {
+            let mut event = TaskStart::new();
+            event.container_id.clone_from(&container.id);
+            event.pid = container.made.host_pid;
+            self.events.publish(&event);
+        } else {
+            let mut event = TaskExecStarted::new();
+            event.container_id.clone_from(&container.id);
+            event.exec_id = exec_id.into();
+            event.pid = container.made.host_pid;
+            self.events.publish(&event);
+        }
     }
 
     async fn start_in_guest(&self, container: &Container, exec_id: &str) -> Result<(), Error> {
@@ -233,6 +240,7 @@ impl Shared {
                 .await;
             container.pod.remove_pid(pid).await;
             // Not before: a shim that takes over would know nothing of what is still to be given back.
+            container.set_deleted();
             Record::forget(container.pod.dir(), id);
             let mut event = TaskDelete::new();
             event.container_id = id.into();

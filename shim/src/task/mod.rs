@@ -410,8 +410,8 @@ impl Task for Service {
     async fn close_io(&self, _: &TtrpcContext, req: CloseIORequest) -> Rpc<Empty> {
         let found = self.0.process(&req.id, &req.exec_id);
         let result = found.map(|(_, process)| {
-            if let Some(closer) = process.stdin_closer().filter(|_| req.stdin) {
-                closer.notify_one();
+            if req.stdin {
+                process.close_stdin();
             }
             Empty::new()
         });

@@ -14,7 +14,7 @@ use std::sync::{
 };
 
 use protobuf::well_known_types::timestamp::Timestamp;
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
 
 use crate::stdio::{Paths, Pumps};
 
@@ -170,9 +170,11 @@ impl Process {
         }
     }
 
-    /// What ends its stdin.
-    pub fn stdin_closer(&self) -> Option<Arc<Notify>> {
-        self.pumps().as_ref().map(Pumps::closer)
+    /// Ends its stdin.
+    pub fn close_stdin(&self) {
+        if let Some(pumps) = self.pumps().as_ref() {
+            pumps.close_stdin();
+        }
     }
 
     /// Delivers what its streams still hold, for a bounded time, and closes them.

@@ -162,7 +162,15 @@ impl Record {
         entries
             .flatten()
             .filter(|entry| entry.path().extension().is_some_and(|e| e == "json"))
-            .filter_map(|entry| serde_json::from_slice(&fs::read(entry.path()).ok()?).ok())
+            .filter_map(|entry| {
+                let read = fs::read(entry.path()).and_then(|text| {
+                    serde_json::from_slice(&text).map_err(io::Error::other)
+                });
+                read.inspect_err(|error| {
+                    tracing::error!(file = %entry.path().display(), %error, "a container is not taken over");
+                })
+                .ok()
+            })
             .collect()
     }
 }
@@ -174,8 +182,8 @@ fn file(dir: &Path, id: &str) -> PathBuf {
 impl Container {
     /// Notes what has changed, for another shim.
     pub fn save(&self) {
-        // Without a machine there is nothing to take over, and no folder.
-        if self.pod.end().is_none() {
+        // Without a machine there is nothing to take over, and no folder. An exit can be told after the container is deleted.
+        if self.pod.end().is_none() && !self.is_deleted() {
             Record::of(self).save(self.pod.dir());
         }
     }

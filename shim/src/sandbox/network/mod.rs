@@ -198,7 +198,7 @@ impl Network {
         for noted in note::load(dir, &network.namespace) {
             let link = state.links.get(&noted.index);
             let tap = state.taps.get(&tap::name(noted.slot));
-            if let (Some(link), Some(&tap)) = (link, tap)
+            if let (Some(link), Some(&tap), true) = (link, tap, noted.whole)
                 && let Some(slot) = served.slots.get_mut(noted.slot)
             {
                 *slot = Some(Slot {
@@ -206,15 +206,14 @@ impl Network {
                     tap,
                     noted,
                 });
-                // Done last when an interface is plugged in: the shim may have died before.
-                redirect::to_guest(&mut served.netlink, noted.index, tap).map_err(|source| {
-                    Error::Link {
-                        link: link.name.clone(),
-                        what: REDIRECTING,
-                        source,
-                    }
-                })?;
-            } else if link.is_some()
+                continue;
+            }
+            // Half of it, or it is gone: plugged in anew, if it is there.
+            let request = json!({ "op": "detach-net", "slot": slot_id(noted.slot) });
+            if let Err(error) = network.control.request_blocking(&request, &[]) {
+                tracing::debug!(%error, "detaching");
+            }
+            if link.is_some()
                 && let Err(error) =
                     redirect::disconnect(&mut served.netlink, noted.index, noted.qdisc)
             {
@@ -397,6 +396,7 @@ impl Network {
         let noted = Noted {
             index: link.index,
             slot: number,
+            whole: false,
             qdisc: !others.contains(&link.index),
         };
         self.note(served, Some(noted)).map_err(at("noting it"))?;
@@ -427,7 +427,13 @@ impl Network {
                 redirected.map_err(at(REDIRECTING))
             });
         match &done {
-            Ok(()) => tracing::info!(link = link.name, slot = number, mtu = link.mtu, "attached"),
+            Ok(()) => {
+                if let Some(slot) = served.slots.get_mut(number).and_then(Option::as_mut) {
+                    slot.noted.whole = true;
+                }
+                self.note_what_is(served);
+                tracing::info!(link = link.name, slot = number, mtu = link.mtu, "attached");
+            }
             Err(_) => self.detach(served, number, true),
         }
         done

@@ -29,6 +29,8 @@ pub struct Noted {
     pub slot: usize,
     /// Whether the qdisc is ours, too.
     pub qdisc: bool,
+    /// Whether everything is done to it.
+    pub whole: bool,
 }
 
 /// The file.
