@@ -157,13 +157,19 @@ impl Drop for Io {
 }
 
 impl Io {
-    /// Opens the host's ends; never waits for a peer.
+    /// Opens the host's ends; never waits for a peer. A fifo that a shim before has opened for the same call is still open: without a
+    /// writer for a moment its reader would see the end.
     pub fn open(paths: &Paths, keep: Keep) -> Result<Self, Error> {
         let stderr = if paths.terminal { "" } else { &paths.stderr };
+        let mut kept = keep.kept.take(&keep.process);
+        let mut sink = |stream, role, uri: &str| match kept.remove(role) {
+            Some(fifo) if !uri.is_empty() => Ok(Some(Sink::Fifo(fifo))),
+            _ => open_sink(stream, uri),
+        };
         let io = Self {
             stdin: open_stdin(&paths.stdin)?,
-            stdout: open_sink("stdout", &paths.stdout)?,
-            stderr: open_sink("stderr", stderr)?,
+            stdout: sink("stdout", role::STDOUT_SINK, &paths.stdout)?,
+            stderr: sink("stderr", role::STDERR_SINK, stderr)?,
             terminal: paths.terminal,
             keep,
             guests: HashMap::new(),

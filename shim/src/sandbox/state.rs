@@ -161,18 +161,6 @@ impl ProcessId {
         true
     }
 
-    /// Waits for the process alone; what it started may live on.
-    pub fn wait_gone_alone(self, limit: Duration) -> bool {
-        let end = Instant::now() + limit;
-        while self.is_alive() {
-            if Instant::now() > end {
-                return false;
-            }
-            thread::sleep(Duration::from_millis(5));
-        }
-        true
-    }
-
     /// The other processes of the session that it leads.
     pub fn session(self) -> Vec<i32> {
         pids()

@@ -22,6 +22,8 @@ use crate::{
     stdio::{Io, Keep},
 };
 
+/// How long what a shim before has opened waits for the call that it was opened for.
+const COME_AGAIN: Duration = Duration::from_secs(60);
 /// How long a half-made container may be busy.
 const TAKE_BACK: Duration = Duration::from_secs(20);
 /// How long to wait before a half-made container is asked for again.
@@ -31,7 +33,12 @@ impl Service {
     /// Takes over from a shim that died. An error means that it cannot be.
     pub async fn adopt(&self) -> Result<(), sandbox::Error> {
         let adopted = self.0.adopt().await;
-        self.0.kept.forget_the_rest();
+        let kept = self.0.kept.clone();
+        tokio::spawn(async move {
+            // The calls that they were opened for come again, if anybody still waits for their answers.
+            sleep(COME_AGAIN).await;
+            kept.forget_the_rest();
+        });
         adopted
     }
 }
