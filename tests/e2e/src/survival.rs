@@ -2,13 +2,14 @@
 
 use std::time::{Duration, Instant};
 
+use bulkhead_cri::{Cri, forward::Forwarded};
 use bulkhead_harness::{
-    Image, Outcome, Pod, Suite, Test, command::Input, ensure, ensure_eq, events::Events,
-    failure::read, runner::MACHINES, test,
+    Context, Image, Outcome, Pod, Suite, Test, command::Input, ensure, ensure_eq, events::Events,
+    failure::read, process, runner::MACHINES, test,
 };
 use rustix::process::Signal;
 
-use crate::survival;
+use crate::{network::until, survival};
 
 const BUSYBOX: &[Image] = &[Image::Busybox];
 
@@ -36,6 +37,13 @@ pub const TESTS: &[Test] = &[
         BUSYBOX,
         MACHINES
     ),
+    test!(
+        survival::pod_of_cri_keeps_its_connections_and_containers,
+        &[Image::Pause, Image::Net],
+        MACHINES
+    )
+    .cri()
+    .fast_host(),
 ];
 
 /// Kills the shim and waits until another has taken over.
@@ -185,6 +193,47 @@ fn shim_killed_while_a_killed_containerd_is_away(suite: &Suite) -> Outcome {
     let expected = lines(u32::try_from(count).unwrap_or(0)) + "end\n";
     ensure!(count > 5 && text == expected, "the log is {text}");
     Ok(())
+}
+
+/// A connection that is open when the shim dies goes on; new ones, port-forward, execs and a further container work; nothing was restarted.
+fn pod_of_cri_keeps_its_connections_and_containers(suite: &Suite) -> Outcome {
+    let cri = Cri::connect(suite, &[Image::Pause, Image::Net])?;
+    let pod = cri.run(cri.config("survives"))?;
+    let echo = ["socat", "TCP-LISTEN:7000,reuseaddr,fork", "EXEC:cat"];
+    let server = pod.start("echo", Image::Net, &echo)?;
+    let began = pod.status(&server)?.started_at;
+    let addresses = pod.addresses()?;
+    let address = addresses.first().context("an address")?;
+    let to = format!("TCP:{address}:7000,retry=50,interval=0.1");
+    let mut open = suite
+        .network()?
+        .tool(&["socat", "-", &to])
+        .input(Input::Open)
+        .spawn()?;
+    let limit = suite.scale.seconds(10);
+    open.write(b"before\n")?;
+    open.wait_for("before", limit)?;
+    let shim = || process::shim_of(process::of_pods(&suite.mark()), pod.id());
+    let before = shim()?;
+    before.signal(Signal::KILL)?;
+    until(limit, "another shim", || {
+        Ok(shim().is_ok_and(|now| now.pid != before.pid))
+    })?;
+    open.write(b"after\n")?;
+    open.wait_for("after", limit)?;
+    open.close_stdin();
+    open.wait()?.ok()?;
+    ensure_eq!("a new exec", pod.sh(&server, "echo on")?, "on");
+    let more = pod.start("more", Image::Net, &["sleep", "1000000"])?;
+    let dial = format!("echo anew | socat -t 5 - TCP:{address}:7000");
+    ensure_eq!("from another container", pod.sh(&more, &dial)?, "anew");
+    until(limit, "port-forward", || {
+        let mut port = Forwarded::dial(suite.network()?.pid(), &pod.forward(7000)?, limit)?;
+        port.send(b"there and back")?;
+        Ok(port.wait_for("there and back").is_ok())
+    })?;
+    ensure_eq!("its start", pod.status(&server)?.started_at, began);
+    pod.end()
 }
 
 fn pod_ends_when_nothing_is_left_to_take_over(suite: &Suite) -> Outcome {

@@ -311,12 +311,7 @@ impl Pod<'_> {
 
     /// The process that answers for the pod: the keeper's child.
     pub fn shim(&self) -> Outcome<Process> {
-        let keeper = self.command("bulkhead-keeper")?;
-        let mut all = self.processes().into_iter();
-        all.find(|p| {
-            p.name.starts_with("containerd-shim") && process::parent(p.pid) == Some(keeper.pid)
-        })
-        .context(format_args!("no shim of {}", self.name))
+        process::shim_of(self.processes(), &self.name)
     }
 
     /// The pod's process whose executable's name begins with `name`.

@@ -113,6 +113,20 @@ fn mentions(process: &Process, mark: &str) -> bool {
         }
 }
 
+/// The process of `all` that answers for pod `id`: the child of its keeper.
+pub fn shim_of(all: Vec<Process>, id: &str) -> Outcome<Process> {
+    let named = format!("-id {id} ");
+    let keeper = all
+        .iter()
+        .find(|p| p.command() == "bulkhead-keeper" && format!("{} ", p.line).contains(&named))
+        .map(|p| p.pid)
+        .context(format_args!("no keeper of {id}"))?;
+    let mut shims = all.into_iter();
+    shims
+        .find(|p| p.name.starts_with("containerd-shim") && parent(p.pid) == Some(keeper))
+        .context(format_args!("no shim of {id}"))
+}
+
 /// The parent's id.
 pub fn parent(pid: u32) -> Option<u32> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
