@@ -26,6 +26,7 @@ mod process;
 mod size;
 mod stdio;
 mod survival;
+mod task_api;
 mod view;
 mod walk;
 
@@ -135,6 +136,7 @@ fn all() -> Vec<Test> {
         bad_input::TESTS,
         crashes::TESTS,
         survival::TESTS,
+        task_api::TESTS,
         operator::TESTS,
     ]
     .concat();
