@@ -449,16 +449,17 @@ async fn watch_helpers(
     (timeline, book): (Arc<Timeline>, Arc<Book>),
     life: watch::Sender<Life>,
 ) {
-    let mut fs_first = false;
+    let mut killed = false;
     let status = tokio::select! {
+        biased;
         status = vmm.wait() => status,
         status = fs.wait() => {
-            // At an orderly end both end at once.
-            fs_first = true;
+            // With the VMM the file server ends as well, and is sometimes gone before it.
             match timeout(FS_DEATH, vmm.wait()).await {
                 Ok(status) => status,
                 Err(_) => {
                     tracing::warn!(?status, "the file server ended; the machine does not end by itself");
+                    killed = true;
                     vmm_id.kill_session();
                     vmm.wait().await
                 }
@@ -466,7 +467,7 @@ async fn watch_helpers(
         }
     };
     let mut end = End::read(&dir, status);
-    if fs_first && end.reason == "vmm-died" {
+    if killed && end.reason == "vmm-died" {
         end.reason = "file-server-died".into();
         end.detail = "bulkhead-fs ended".into();
     }

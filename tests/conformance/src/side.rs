@@ -107,6 +107,13 @@ pub struct End {
     pub took: Duration,
 }
 
+impl End {
+    /// Whether it ended well without a word.
+    pub fn said_nothing(&self) -> bool {
+        self.started && self.seen["status"] == 0 && self.seen["view"] == ""
+    }
+}
+
 /// Makes the scripts that stand for the shims in `folder`.
 pub fn make_shims(folder: &Path, suite: &Suite, dist: &Path) -> Outcome {
     let raw = suite.folder("raw")?;
