@@ -4,27 +4,32 @@ use std::{
     fs::{File, OpenOptions},
     io::{self, Write},
     os::unix::fs::OpenOptionsExt,
-    path::Path,
     sync::Arc,
 };
 
 use tracing_subscriber::{EnvFilter, fmt::MakeWriter};
 
+use crate::args::Args;
+
 /// Longest line: what a pipe takes in one piece.
 const LINE_MAX: usize = 4096;
 
-/// Starts logging for the pod `name`, as far as the fifo is there.
-pub fn start(bundle: &Path, name: &str, debug: bool) {
+/// Starts logging for the pod of `args`, as far as the fifo is there: the bundle is the working folder. Once started, it goes on.
+pub fn start(args: &Args) {
     // Not blocking: without a reader or with a full fifo a line is lost, and nothing waits.
     let fifo = OpenOptions::new()
         .write(true)
         .custom_flags(libc::O_NONBLOCK)
-        .open(bundle.join("log"));
+        .open("log");
     let Ok(fifo) = fifo else { return };
-    let filter = EnvFilter::new(if debug { "debug,ttrpc=info" } else { "info" });
+    let filter = EnvFilter::new(if args.debug {
+        "debug,ttrpc=info"
+    } else {
+        "info"
+    });
     let writer = LogFifo {
         fifo: Arc::new(fifo),
-        prefix: format!("bulkhead pod={name} "),
+        prefix: format!("bulkhead pod={}/{} ", args.namespace, args.id),
     };
     let _ = tracing_subscriber::fmt()
         .with_ansi(false)

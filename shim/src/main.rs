@@ -4,7 +4,6 @@ use std::{
     env,
     io::{self, IsTerminal, Read, Write, stdin, stdout},
     os::fd::OwnedFd,
-    path::Path,
     pin::Pin,
     process::ExitCode,
     sync::Arc,
@@ -97,25 +96,20 @@ fn inherited() -> anyhow::Result<OwnedFd> {
 /// The daemon: the keeper, and as a copy of it the first worker.
 fn keep(args: &Args, config: Config) -> anyhow::Result<()> {
     let listener = inherited()?.into();
-    start_logging(args);
     match keeper::run(args, listener) {
         Ok(Role::Over) => Ok(()),
         Ok(Role::Worker(channel)) => serve(args, config, channel),
         Err(error) => {
+            logging::start(args);
             tracing::error!(%error, "the keeper ends");
             Err(error.into())
         }
     }
 }
 
-fn start_logging(args: &Args) {
-    let name = format!("{}/{}", args.namespace, args.id);
-    logging::start(Path::new("."), &name, args.debug);
-}
-
 /// The worker: serves until containerd says shutdown, or a signal ends the pod.
 fn serve(args: &Args, config: Config, channel: OwnedFd) -> anyhow::Result<()> {
-    start_logging(args);
+    logging::start(args);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(8)

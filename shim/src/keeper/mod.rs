@@ -41,7 +41,7 @@ use rustix::{
 };
 
 use self::{channel::Message, client::Client};
-use crate::args::Args;
+use crate::{args::Args, logging};
 pub use worker::{Connections, Kept};
 
 /// The descriptor that the keeper (its listening socket) and an executed worker (its channel) find theirs at.
@@ -143,9 +143,8 @@ fn raise_descriptors() {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
-    if let Err(error) = setrlimit(Resource::Nofile, limit) {
-        tracing::warn!(%error, "raising the limit of descriptors");
-    }
+    // What it has must do otherwise.
+    let _ = setrlimit(Resource::Nofile, limit);
 }
 
 /// How long to wait before the next worker.
@@ -223,6 +222,7 @@ impl Keeper {
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => {
+                logging::start(&self.args);
                 tracing::warn!(%error, "accepting a connection");
                 self.accepts_from = Some(Instant::now() + ACCEPT_AGAIN);
             }
@@ -258,6 +258,8 @@ impl Keeper {
     /// The worker is gone: the program that is on the disk now takes over. A program that does not start is a death, too: an upgrade may be
     /// under way.
     fn replace(&mut self) -> io::Result<()> {
+        // Not before: most keepers never have anything to say, and logging has its price in memory.
+        logging::start(&self.args);
         if std::mem::take(&mut self.wanted) {
             if self.hand_over().is_ok() {
                 return Ok(());
