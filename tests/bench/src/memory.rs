@@ -3,6 +3,7 @@
 use bulkhead_harness::{
     Image, Suite,
     failure::{Outcome, read},
+    process::Process,
 };
 
 use crate::{
@@ -14,6 +15,7 @@ use crate::{
 /// A map at least as large as this is the guest's memory.
 const GUEST_KIB: u64 = 256 << 10;
 const GUEST: &str = "guest memory";
+const KEEPER: &str = "bulkhead-keeper";
 
 /// `memory::idle_pod`: a row a process, and one for the whole pod.
 pub fn figures(suite: &Suite, plan: &Plan) -> Outcome<Vec<Figure>> {
@@ -64,7 +66,12 @@ fn pod(suite: &Suite, subject: Subject, image: Image) -> Outcome<Vec<(String, f6
     let mut parts: Vec<(String, f64)> = Vec::new();
     let mut guest = 0;
     let mut processes: Vec<(u32, String)> = Vec::new();
-    processes.extend(pod.processes().into_iter().map(|p| (p.pid, p.name)));
+    // The keeper is the shim's program under a name of its own.
+    let named = |p: Process| match p.command() {
+        name if name == KEEPER => (p.pid, name),
+        _ => (p.pid, p.name),
+    };
+    processes.extend(pod.processes().into_iter().map(named));
     // With runc the program itself; with Bulkhead the VMM, which is there already.
     if let Some((pid, _)) = pod.status()?
         && !processes.iter().any(|(known, _)| *known == pid)

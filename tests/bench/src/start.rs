@@ -1,8 +1,14 @@
-//! From `ctr run` to its end, with the output of the program: one at a time and several at once.
+//! From `ctr run` to its end, with the output of the program: one at a time and several at once; and the stages of a start.
 
 use std::time::Instant;
 
-use bulkhead_harness::{Image, Suite, command::Output, ensure, failure::Outcome};
+use bulkhead_harness::{
+    Context, Image, Suite,
+    command::Output,
+    ensure,
+    failure::{Outcome, read},
+};
+use serde_json::Value;
 
 use crate::{
     Plan,
@@ -53,7 +59,60 @@ pub fn figures(suite: &Suite, plan: &Plan) -> Outcome<Vec<Figure>> {
             }));
         }
     }
+    if plan.wants("start::stages") {
+        found.push(stages(suite, plan.rounds.div_ceil(3)));
+    }
     Ok(found)
+}
+
+/// Where the time of a start goes: each stage from the end of the one before, as the shim notes it. `rootfs` goes on beside the boot.
+fn stages(suite: &Suite, rounds: u32) -> Figure {
+    const STAGES: [&str; 9] = [
+        "shim",
+        "vmm",
+        "machine",
+        "kernel",
+        "agent",
+        "rootfs",
+        "network",
+        "container",
+        "total",
+    ];
+    let title = "stages of a pod's start, from the shim's begin to its first container";
+    let mut figure = Figure::new("start::stages", title, "ms");
+    let mut samples: [Vec<f64>; STAGES.len()] = Default::default();
+    for round in 1..=rounds {
+        eprint!("\rstart::stages: round {round} of {rounds} ");
+        let seen = noted(suite);
+        match seen {
+            Ok(noted) => {
+                for (all, stage) in samples.iter_mut().zip(STAGES) {
+                    all.extend(noted[stage].as_f64().map(|us| us / 1e3));
+                }
+            }
+            Err(error) => {
+                figure.missing.push(error.to_string());
+                break;
+            }
+        }
+    }
+    eprintln!();
+    for (stage, samples) in STAGES.iter().zip(samples) {
+        figure.add_part(*stage, samples);
+    }
+    figure
+}
+
+/// Microseconds by stage of a pod that is started for it.
+fn noted(suite: &Suite) -> Outcome<Value> {
+    let subject = Subject::bulkhead(suite.engine);
+    let pod = subject.run(suite, Image::Busybox).args(&["sleep", "1000"]);
+    let pod = pod.detach()?;
+    let file = suite.state_of(pod.name()).join("pod.json");
+    let text = read(&file)?;
+    let record: Value = serde_json::from_str(&text).context("pod.json")?;
+    pod.end()?;
+    Ok(record["stages_us"].clone())
 }
 
 fn one(suite: &Suite, accounting: &Accounting, subject: Subject) -> Outcome<[f64; 2]> {
