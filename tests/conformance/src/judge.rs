@@ -133,9 +133,9 @@ fn run(case: &Case, ours: &Side, runc: &Side, alone: bool) -> Outcome<(End, Opti
         };
         let our_end = ours.end(&our_bundle, ours_runs)?;
         let runc_end = match runc_runs {
-            // Under load the output of a container that ends at once is lost by runc's shim now and then.
+            // Under load the last output of a container that ends at once is lost by runc's shim now and then.
             Some(running) => Some(match runc.end(&runc_bundle, running)? {
-                end if end.said_nothing() => runc.run(&runc_bundle)?,
+                end if end.lost_words() => runc.run(&runc_bundle)?,
                 end => end,
             }),
             None => None,

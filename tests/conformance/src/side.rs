@@ -108,9 +108,9 @@ pub struct End {
 }
 
 impl End {
-    /// Whether it ended well without a word.
-    pub fn said_nothing(&self) -> bool {
-        self.started && self.seen["status"] == 0 && self.seen["view"] == ""
+    /// Whether it ended well, and what it said is not whole.
+    pub fn lost_words(&self) -> bool {
+        self.started && self.seen["status"] == 0 && self.seen["view"].is_string()
     }
 }
 
