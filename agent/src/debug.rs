@@ -31,6 +31,7 @@ use crate::{
     container::tty::{Pty, own_root, winsize},
     error::{Context, Error, Result},
     reaper::{Reaped, Reaper},
+    streams::read_line,
     sys,
 };
 
@@ -303,16 +304,9 @@ async fn read_output(kind: Kind, pipe: &Pipe, frames: &mpsc::Sender<Vec<u8>>) {
     }
 }
 
-/// Reads the header byte by byte: frames follow it.
+/// Reads the header; frames follow it.
 async fn read_header(host: &mut (impl AsyncRead + Unpin)) -> Option<DebugHeader> {
-    let mut line = Vec::new();
-    while line.len() < DEBUG_HEADER_MAX {
-        match host.read_u8().await.ok()? {
-            b'\n' => return DebugHeader::parse(&line).ok(),
-            byte => line.push(byte),
-        }
-    }
-    None
+    DebugHeader::parse(&read_line(host, DEBUG_HEADER_MAX).await?).ok()
 }
 
 /// The copy: leads a session of its own, takes the terminal if it has one, and becomes the program (first argument; the rest are its

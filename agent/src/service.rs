@@ -22,7 +22,7 @@ use bulkhead_protocol::{
     stream::StreamHeader,
 };
 use futures_core::Stream;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncWriteExt;
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
 use ttrpc::r#async::{Server, TtrpcContext, transport::Listener};
 
@@ -35,6 +35,7 @@ use crate::{
     pod::{Exit, Pod},
     power,
     reaper::now,
+    streams::read_line,
 };
 
 /// How long to wait when the agent is out of descriptors.
@@ -97,19 +98,13 @@ async fn say_ready() -> std::io::Result<()> {
     host.shutdown(std::net::Shutdown::Write)
 }
 
-/// Reads a stream's header, byte by byte: what follows it is the process's.
+/// Reads a stream's header and hands the connection to the process.
 async fn take_stream(pod: Arc<Pod>, mut connection: VsockStream) -> Option<()> {
-    let mut line = Vec::new();
-    while line.len() < STREAM_HEADER_MAX {
-        let byte = connection.read_u8().await.ok()?;
-        line.push(byte);
-        if byte == b'\n' {
-            let (header, _) = StreamHeader::parse(&line).ok()??;
-            pod.connect(&header, connection);
-            return Some(());
-        }
-    }
-    None
+    let mut line = read_line(&mut connection, STREAM_HEADER_MAX).await?;
+    line.push(b'\n');
+    let (header, _) = StreamHeader::parse(&line).ok()??;
+    pod.connect(&header, connection);
+    Some(())
 }
 
 /// A listener that drops every connection which is not the host's.

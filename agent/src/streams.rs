@@ -12,7 +12,7 @@ use std::{
 
 use bulkhead_protocol::{limits::STREAM_BUFFER, stream::StreamKind};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, Interest, unix::AsyncFd},
+    io::{AsyncRead, AsyncReadExt, AsyncWriteExt, Interest, unix::AsyncFd},
     sync::{mpsc, oneshot, watch},
 };
 use tokio_vsock::VsockStream;
@@ -182,6 +182,18 @@ async fn read(pipe: &Pipe, buffer: &mut [u8]) -> io::Result<usize> {
         Ok(rustix::io::read(fd, &mut *buffer)?)
     })
     .await
+}
+
+/// Reads a header line byte by byte, since what follows it belongs to somebody else; `max` bytes at most with its end, which is left out.
+pub async fn read_line(host: &mut (impl AsyncRead + Unpin), max: usize) -> Option<Vec<u8>> {
+    let mut line = Vec::new();
+    while line.len() < max {
+        match host.read_u8().await.ok()? {
+            b'\n' => return Some(line),
+            byte => line.push(byte),
+        }
+    }
+    None
 }
 
 /// Process to host.

@@ -12,14 +12,17 @@ use bulkhead_protocol::{
     limits::{FORWARD_BUFFER, FORWARD_CONNECTIONS_MAX, FORWARD_LINE_MAX},
 };
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt},
     net::{TcpSocket, TcpStream},
     sync::Semaphore,
     time::timeout,
 };
 
 use super::PodNetwork;
-use crate::error::{Context, Error, Result};
+use crate::{
+    error::{Context, Error, Result},
+    streams::read_line,
+};
 
 /// How long a connection may take to send its header, and a port to take a connection.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -79,22 +82,18 @@ impl Forwarder {
     }
 }
 
-/// Reads the header byte by byte: what follows it is the port's.
+/// Reads the header; what follows it is the port's.
 async fn read_header(host: &mut (impl AsyncRead + Unpin)) -> Option<ForwardHeader> {
-    let mut line = Vec::new();
-    while line.len() < FORWARD_LINE_MAX {
-        match host.read_u8().await.ok()? {
-            b'\n' => return ForwardHeader::parse(&line).ok(),
-            byte => line.push(byte),
-        }
-    }
-    None
+    ForwardHeader::parse(&read_line(host, FORWARD_LINE_MAX).await?).ok()
 }
 
 #[cfg(test)]
 mod tests {
     use bulkhead_protocol::forward::parse_answer;
-    use tokio::{io::DuplexStream, net::TcpListener};
+    use tokio::{
+        io::{AsyncReadExt, DuplexStream},
+        net::TcpListener,
+    };
 
     use super::*;
 

@@ -3,27 +3,17 @@
 //! `pod.json` says `ready` once the machine is. Without that the shim died while the machine booted: then what there is goes, and the call
 //! that wanted it is made again.
 
-use std::{
-    io,
-    path::Path,
-    sync::{Arc, OnceLock},
-};
-
-use bulkhead_protocol::{agent_ttrpc::AgentClient, limits::AGENT_PORT};
-use tokio::sync::watch;
+use std::{io, path::Path, sync::Arc};
 
 use super::{
-    Error, Life, Pod, control,
-    growth::Growth,
+    Error, Pod, control,
     machine::Size,
     network::{Network, namespace::Namespace, note},
     record::{Book, Ready, Record},
-    rest::Rest,
     spawn::Helper,
     state::{self, ProcessId},
     state_error,
     timeline::Timeline,
-    vsock, watch_helpers,
 };
 use crate::config::Config;
 
@@ -97,45 +87,18 @@ impl Pod {
             ready.sizing.start.vcpus,
         )?;
         network.set_vmm(pid);
-        let rest = Rest::unknown(control.clone());
-        let growth = Growth::new(ready.sizing, control.clone());
-        growth.restore(Size {
+        let size = Size {
             vcpus: record.vcpus,
             memory_mib: record.memory_mib,
-        });
-        let (name, engine) = (format!("{}/{}", record.namespace, record.id), record.engine);
-        let book = Arc::new(Book::adopt(dir, record));
-        let (tx, life) = watch::channel(Life::Runs);
-        tokio::spawn(watch_helpers(
-            (vmm, vmm_id),
-            (fs, fs_id),
-            dir.to_owned(),
-            network.clone(),
-            (timeline.clone(), book.clone()),
-            tx,
-        ));
-        let pod = Self {
-            name,
-            dir: dir.to_owned(),
-            vmm: vmm_id,
-            growth,
-            rest,
-            agent: OnceLock::new(),
-            control,
-            files: control::Client::new(dir.join("fs.sock")),
-            network,
-            life,
-            engine,
-            timeline,
-            book,
         };
+        let of = (format!("{}/{}", record.namespace, record.id), record.engine);
+        let helpers = [(vmm, vmm_id), (fs, fs_id)];
+        let noted = (timeline, Arc::new(Book::adopt(dir, record)));
+        let pod = Self::watched(of, dir, ready.sizing, control, network, helpers, noted);
+        pod.growth.restore(size);
+        pod.rest.doubt();
         let _awake = pod.rest.wake().await;
-        let stream = vsock::connect(&pod.vsock(), AGENT_PORT)
-            .await
-            .map_err(Error::Agent)?;
-        let socket = ttrpc::r#async::transport::Socket::from(stream);
-        let client = AgentClient::new(ttrpc::r#async::Client::new(socket));
-        let _ = pod.agent.set(client);
+        pod.connect_agent().await?;
         Ok(Arc::new(pod))
     }
 }

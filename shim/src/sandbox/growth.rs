@@ -193,7 +193,8 @@ impl Growth {
         let mut request = agent::GrowRequest::new();
         request.vcpus = grown.vcpus;
         request.memory = grown.memory.iter().map(range).collect();
-        let given = grown.memory.iter().map(|range| range.len).sum::<u64>();
+        let ranges = grown.memory.iter().map(|range| range.len);
+        let given = ranges.fold(0, u64::saturating_add);
         let taken = agent.grow(deadline(TAKE_UP), &request).await?;
         let start = self.sizing.start;
         let size = Size {

@@ -167,16 +167,34 @@ impl Pod {
             }
         };
         timeline.end(Stage::Vmm);
+        let of = (name, config.engine);
+        let helpers = [(vmm, vmm_id), (fs, fs_id)];
+        let noted = (timeline, book);
+        let pod = Self::watched(of, dir, sizing, control, network, helpers, noted);
+        Ok((Arc::new(pod), ready))
+    }
+
+    /// A pod whose VMM and file server run, watched to its end.
+    fn watched(
+        (name, engine): (String, Engine),
+        dir: &Path,
+        sizing: Sizing,
+        control: control::Client,
+        network: Arc<Network>,
+        [vmm, fs]: [(Helper, ProcessId); 2],
+        (timeline, book): (Arc<Timeline>, Arc<Book>),
+    ) -> Self {
+        let vmm_id = vmm.1;
         let (tx, life) = watch::channel(Life::Runs);
         tokio::spawn(watch_helpers(
-            (vmm, vmm_id),
-            (fs, fs_id),
+            vmm,
+            fs,
             dir.to_owned(),
             network.clone(),
             (timeline.clone(), book.clone()),
             tx,
         ));
-        let pod = Self {
+        Self {
             name,
             dir: dir.to_owned(),
             vmm: vmm_id,
@@ -187,11 +205,10 @@ impl Pod {
             files: control::Client::new(dir.join("fs.sock")),
             network,
             life,
-            engine: config.engine,
+            engine,
             timeline,
             book,
-        };
-        Ok((Arc::new(pod), ready))
+        }
     }
 
     /// Waits until the agent serves, and connects to it.
@@ -201,12 +218,7 @@ impl Pod {
             if version != bulkhead_protocol::VERSION {
                 return Err(Error::Version(version));
             }
-            let stream = vsock::connect(&self.vsock(), AGENT_PORT)
-                .await
-                .map_err(Error::Agent)?;
-            let socket = ttrpc::r#async::transport::Socket::from(stream);
-            let client = AgentClient::new(ttrpc::r#async::Client::new(socket));
-            let _ = self.agent.set(client);
+            self.connect_agent().await?;
             self.timeline.end(Stage::Agent);
             Ok(())
         };
@@ -219,6 +231,17 @@ impl Pod {
             },
             error = self.lateness() => Err(error),
         }
+    }
+
+    /// Connects to the agent, which serves.
+    async fn connect_agent(&self) -> Result<(), Error> {
+        let stream = vsock::connect(&self.vsock(), AGENT_PORT)
+            .await
+            .map_err(Error::Agent)?;
+        let socket = ttrpc::r#async::transport::Socket::from(stream);
+        let client = AgentClient::new(ttrpc::r#async::Client::new(socket));
+        let _ = self.agent.set(client);
+        Ok(())
     }
 
     /// A broken connection is most often the machine's end: then that is the reason.

@@ -35,13 +35,11 @@ impl Rest {
         })
     }
 
-    /// Of a machine that was taken over: its vCPUs may be stopped.
-    pub fn unknown(control: control::Client) -> Arc<Self> {
-        let rest = Self::new(control);
-        if let Ok(mut stopped) = rest.stopped.try_lock() {
+    /// The machine was taken over: its vCPUs may be stopped.
+    pub fn doubt(&self) {
+        if let Ok(mut stopped) = self.stopped.try_lock() {
             *stopped = true;
         }
-        rest
     }
 
     /// Whether nothing in the pod can run: every container is paused. It counts when nobody is [`Awake`].

@@ -10,9 +10,9 @@ use tokio::time::{Instant, sleep};
 
 use super::{
     CALL, Service, Shared, answer,
-    container::{Container, Made},
+    container::{Container, Made, process_request},
     error::Error,
-    life::{KILLED, killed},
+    life::{KILLED, kill_in_guest, killed},
     process::Process,
     record::{Record, Saved},
 };
@@ -177,9 +177,7 @@ impl Shared {
             if made.processes.iter().any(|saved| saved.exec_id == *exec) {
                 continue;
             }
-            let mut request = agent::ProcessRequest::new();
-            request.container.clone_from(container);
-            request.exec_id.clone_from(exec);
+            let request = process_request(container, exec);
             if let Ok(agent) = pod.agent()
                 && let Err(error) = agent.delete(deadline(CALL), &request).await
             {
@@ -202,16 +200,10 @@ impl Shared {
             {
                 sleep(BUSY).await;
             }
-            let mut request = agent::SignalRequest::new();
-            request.container.clone_from(&record.id);
-            request.signal = libc::SIGKILL.unsigned_abs();
-            request.all = true;
-            let mut process = agent::ProcessRequest::new();
-            process.container.clone_from(&record.id);
             let agent = pod.agent()?;
-            if agent.signal(deadline(CALL), &request).await.is_ok() {
-                let _ = agent.wait(deadline(CALL), &process).await;
-                let deleted = agent.delete(deadline(CALL), &process).await;
+            if kill_in_guest(agent, &record.id, CALL).await {
+                let request = process_request(&record.id, "");
+                let deleted = agent.delete(deadline(CALL), &request).await;
                 answer(pod, deleted).await?;
             }
             Ok::<(), Error>(())

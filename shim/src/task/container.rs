@@ -157,10 +157,7 @@ impl Container {
 
     /// The agent's name for a process.
     pub fn request(&self, exec_id: &str) -> agent::ProcessRequest {
-        let mut request = agent::ProcessRequest::new();
-        request.container.clone_from(&self.id);
-        request.exec_id = exec_id.into();
-        request
+        process_request(&self.id, exec_id)
     }
 
     /// The agent's name for the container.
@@ -181,4 +178,12 @@ impl Container {
     fn execs(&self) -> MutexGuard<'_, HashMap<String, Arc<Process>>> {
         self.execs.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The agent's name for a process.
+pub fn process_request(container: &str, exec_id: &str) -> agent::ProcessRequest {
+    let mut request = agent::ProcessRequest::new();
+    request.container = container.into();
+    request.exec_id = exec_id.into();
+    request
 }

@@ -16,8 +16,9 @@ use protobuf::MessageField;
 
 use super::{
     CALL, MAKE, Shared, answer,
-    container::{Container, Made},
+    container::{Container, Made, process_request},
     error::Error,
+    life::kill_in_guest,
     process::{Phase, Process},
     record::Record,
 };
@@ -299,18 +300,12 @@ impl Shared {
             .await;
         let pid = answer(pod, result).await?.pid;
         let pumps = connect(pod, &req.id, "", io).await;
-        if pumps.is_err() {
-            let mut request = agent::ProcessRequest::new();
-            request.container.clone_from(&req.id);
-            let mut signal = agent::SignalRequest::new();
-            signal.container.clone_from(&req.id);
-            signal.signal = libc::SIGKILL.unsigned_abs();
-            signal.all = true;
-            if let Ok(agent) = pod.agent() {
-                let _ = agent.signal(deadline(CALL), &signal).await;
-                let _ = agent.wait(deadline(CALL), &request).await;
-                let _ = agent.delete(deadline(CALL), &request).await;
-            }
+        if pumps.is_err()
+            && let Ok(agent) = pod.agent()
+        {
+            kill_in_guest(agent, &req.id, CALL).await;
+            let request = process_request(&req.id, "");
+            let _ = agent.delete(deadline(CALL), &request).await;
         }
         Ok((pid, pumps?))
     }

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use bulkhead_protocol::agent;
+use bulkhead_protocol::{agent, agent_ttrpc::AgentClient};
 use containerd_shim_protos::{
     api::{DeleteResponse, Empty, KillRequest, StartResponse},
     events::task::{TaskDelete, TaskExecStarted, TaskExit, TaskOOM, TaskStart},
@@ -16,7 +16,7 @@ use ttrpc::context;
 
 use super::{
     CALL, MAKE, Shared, answer,
-    container::Container,
+    container::{Container, process_request},
     error::Error,
     now,
     process::{Exit, Phase, Process},
@@ -270,14 +270,7 @@ impl Shared {
             return;
         }
         if let Ok(agent) = container.pod.agent() {
-            let mut request = agent::SignalRequest::new();
-            request.container.clone_from(&container.id);
-            request.signal = libc::SIGKILL.unsigned_abs();
-            request.all = true;
-            let _ = agent.signal(deadline(CALL), &request).await;
-            let _ = agent
-                .wait(deadline(Duration::from_secs(5)), &container.request(""))
-                .await;
+            kill_in_guest(agent, &container.id, Duration::from_secs(5)).await;
         }
         process.stop(killed(KILLED));
     }
@@ -342,6 +335,19 @@ async fn exit_of(container: &Container, exec_id: &str) -> Exit {
             killed(KILLED)
         }
     }
+}
+
+/// Kills every process of a container in the guest and waits for the end of its init; false if the guest does not know it.
+pub async fn kill_in_guest(agent: &AgentClient, container: &str, patience: Duration) -> bool {
+    let mut request = agent::SignalRequest::new();
+    request.container = container.into();
+    request.signal = libc::SIGKILL.unsigned_abs();
+    request.all = true;
+    let signalled = agent.signal(deadline(CALL), &request).await.is_ok();
+    let _ = agent
+        .wait(deadline(patience), &process_request(container, ""))
+        .await;
+    signalled
 }
 
 async fn delete_in_guest(container: &Container, exec_id: &str) -> Result<(), Error> {

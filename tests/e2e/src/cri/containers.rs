@@ -46,8 +46,8 @@ fn come_and_go_in_a_pod_that_stays(suite: &Suite) -> Outcome {
     let pod = cri.run(cri.config("life"))?;
 
     // An init container runs to its end, then the others start.
-    let mut init = shell("init", "echo prepared >/work/ready");
-    init.mounts = vec![mount(&folder, "/work", false)];
+    let mut init = shell("init", "echo prepared >/between/ready");
+    init.mounts = vec![mount(&folder, "/between", false)];
     let init = pod.launch(init)?;
     let end = pod.wait(&init)?;
     ensure_eq!(
@@ -59,11 +59,11 @@ fn come_and_go_in_a_pod_that_stays(suite: &Suite) -> Outcome {
     // It has a message for whoever looks after its end, and an end that it is told of.
     let message = folder.join("message");
     write(&message, "")?;
-    let script = "trap 'cat /work/ready >/dev/termination-log; echo $STOPPING >>/dev/termination-log; exit 0' TERM
+    let script = "trap 'cat /between/ready >/dev/termination-log; echo $STOPPING >>/dev/termination-log; exit 0' TERM
         touch /tmp/up; while :; do sleep 0.1; done";
     let mut app = shell("app", script);
     app.mounts = vec![
-        mount(&folder, "/work", false),
+        mount(&folder, "/between", false),
         mount(&message, "/dev/termination-log", false),
     ];
     app.envs = vec![bulkhead_cri::KeyValue {
@@ -75,7 +75,7 @@ fn come_and_go_in_a_pod_that_stays(suite: &Suite) -> Outcome {
         Ok(pod.exec(&app, &["test", "-e", "/tmp/up"])?.code == 0)
     })?;
     // preStop is an exec of kubelet's before the signal.
-    pod.sh(&app, "echo stopping >/work/pre-stop")?;
+    pod.sh(&app, "echo stopping >/between/pre-stop")?;
     let started = std::time::Instant::now();
     pod.stop(&app, 30)?;
     ensure!(
