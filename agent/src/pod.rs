@@ -472,3 +472,24 @@ fn flags(stdio: &bulkhead_protocol::agent::Stdio) -> Flags {
         terminal: stdio.terminal,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_pod_that_is_full_takes_no_container() {
+        let pod = Arc::new(Pod::new(Arc::default()));
+        let taken = (0..CONTAINERS_MAX).map(|number| (format!("c{number}"), None));
+        lock(&pod.containers).extend(taken);
+        let spec = r#"{"ociVersion":"1.0.2","process":{"user":{"uid":0,"gid":0},"args":["sh"],"cwd":"/"},
+            "linux":{"namespaces":[{"type":"mount"},{"type":"pid"}]}}"#;
+        let mut request = CreateContainerRequest::new();
+        request.container = "one-more".into();
+        request.spec = spec.into();
+        request.rootfs.mut_or_insert_default().lower = vec!["t1/fs".into()];
+        let refused = Arc::clone(&pod).create(request).await;
+        assert!(matches!(refused, Err(Error::Limit(_))), "{refused:?}");
+        assert_eq!(lock(&pod.containers).len(), CONTAINERS_MAX);
+    }
+}

@@ -26,8 +26,6 @@ use tokio::{
 };
 use ttrpc::context;
 
-/// Most events that wait while containerd is away.
-const QUEUE: usize = 4096;
 /// Attempts for one event, a second apart.
 const ATTEMPTS: u32 = 30;
 /// How long sending one event may take.
@@ -113,7 +111,7 @@ impl Route {
 impl Publisher {
     /// Starts the task that sends.
     pub fn start(namespace: &str, route: Route) -> Self {
-        let (queue, items) = mpsc::channel(QUEUE);
+        let (queue, items) = mpsc::channel(crate::limits::EVENTS);
         tokio::spawn(run(route, items));
         Self {
             namespace: namespace.into(),

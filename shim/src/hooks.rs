@@ -28,12 +28,12 @@ use tokio::{
 };
 
 use crate::{
+    limits::HOOK_STDERR,
     refusal::{Refusal, wrong},
     sandbox::{machine::printable, state::write_private},
 };
 
-/// Bytes of a hook's stderr that are kept, and the longest part that an error quotes.
-const STDERR_MAX: usize = 4096;
+/// The longest part of a hook's stderr that an error quotes.
 const QUOTE_MAX: usize = 600;
 /// How long a hook's stderr is read after its end, should a child of it hold it open.
 const STDERR_WAIT: Duration = Duration::from_millis(200);
@@ -286,7 +286,7 @@ async fn keep(mut from: impl AsyncRead + Unpin, to: Arc<Mutex<Vec<u8>>>) {
     let mut buffer = [0; 1024];
     while let Ok(length @ 1..) = from.read(&mut buffer).await {
         let mut to = to.lock().unwrap_or_else(PoisonError::into_inner);
-        let room = STDERR_MAX.saturating_sub(to.len()).min(length);
+        let room = HOOK_STDERR.saturating_sub(to.len()).min(length);
         to.extend_from_slice(buffer.get(..room).unwrap_or_default());
     }
 }

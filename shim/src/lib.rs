@@ -12,6 +12,7 @@ pub mod events;
 pub mod features;
 pub mod hooks;
 pub mod keeper;
+pub mod limits;
 pub mod logging;
 pub mod mounts;
 pub mod operator;

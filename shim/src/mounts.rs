@@ -25,8 +25,6 @@ pub use trees::{Table, Tree};
 
 /// Where the agent mounts the trees.
 const GUEST_TREES: &str = "/run/bulkhead/trees";
-/// Most trees of one container (overlayfs takes 500 layers).
-const TREES_MAX: usize = 600;
 /// Mount types that name nothing of the host.
 const GUEST_TYPES: [&str; 13] = [
     "proc",
@@ -151,7 +149,7 @@ impl Planner<'_> {
 
     fn push(&mut self, field: &str, tree: Tree) -> Result<(), Error> {
         self.trees.push(tree);
-        if self.trees.len() > TREES_MAX {
+        if self.trees.len() > crate::limits::TREES {
             return Err(wrong(field, "more trees than a container may have"));
         }
         Ok(())

@@ -384,7 +384,7 @@ mod tests {
     #[test]
     fn each_value_out_of_range_is_refused_by_name() {
         type Case = (&'static str, fn(&mut Value));
-        let cases: [Case; 23] = [
+        let cases: [Case; 25] = [
             ("kernel", |v| v["kernel"] = json!("k")),
             ("initramfs", |v| v["initramfs"] = json!("")),
             ("vcpus", |v| v["vcpus"] = json!(0)),
@@ -401,6 +401,13 @@ mod tests {
             ("fs.worker_fds", |v| v["fs"]["worker_fds"] = json!([])),
             ("fs.worker_fds", |v| v["fs"]["worker_fds"] = json!([5, 5])),
             ("fs.worker_fds", |v| v["fs"]["worker_fds"] = json!([2])),
+            ("fs.worker_fds", |v| {
+                v["fs"]["worker_fds"] = (3..20).collect();
+            }),
+            ("blocks", |v| {
+                let slot = |n| json!({"id": format!("b{n}"), "path": "/d", "readonly": true});
+                v["blocks"] = (0..9).map(slot).collect();
+            }),
             ("net[0].id", |v| v["net"][0]["id"] = json!("")),
             ("net", |v| {
                 let slot =

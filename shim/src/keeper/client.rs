@@ -13,13 +13,8 @@ use super::{
     frame::{Cutter, Frame},
     stream_pair,
 };
+use crate::limits::{CLIENT_CALL_BYTES, CLIENT_CALLS, CLIENT_TRIES, CLIENT_WAITING};
 
-/// Bytes that wait for one side at most before the other is not read any more (and one frame more).
-const WAITING_MAX: usize = 64 << 10;
-/// Calls without an answer that are remembered at most.
-const CALLS_MAX: usize = 16 * 1024;
-/// A call that so many workers have not outlived is answered with an error: it may be what kills them.
-const TRIES_MAX: u32 = 4;
 /// How long the worker's death may take to be seen after one of its connections ended; a connection that it closed alone is closed.
 const DEATH: Duration = Duration::from_secs(1);
 
@@ -33,6 +28,8 @@ pub struct Client {
     to_client: Vec<u8>,
     /// By stream, oldest first, with the number of workers that died before they answered.
     calls: BTreeMap<u32, (Frame, u32)>,
+    /// What they take.
+    call_bytes: usize,
     /// Since when the worker's end is closed.
     lost: Option<Instant>,
     over: bool,
@@ -51,6 +48,7 @@ impl Client {
             to_worker: Vec::new(),
             to_client: Vec::new(),
             calls: BTreeMap::new(),
+            call_bytes: 0,
             lost: None,
             over: false,
         };
@@ -83,14 +81,14 @@ impl Client {
         }
         if self.lost.is_none() {
             let mut inner = PollFlags::empty();
-            inner.set(PollFlags::IN, self.to_client.len() < WAITING_MAX);
+            inner.set(PollFlags::IN, self.to_client.len() < CLIENT_WAITING);
             inner.set(PollFlags::OUT, !self.to_worker.is_empty());
             fds.push(PollFd::new(&self.inner, inner));
         }
     }
 
     fn takes_calls(&self) -> bool {
-        self.to_worker.len() < WAITING_MAX
+        self.to_worker.len() < CLIENT_WAITING
     }
 
     /// Moves what can be moved.
@@ -123,17 +121,30 @@ impl Client {
             self.asked.push(buffer.get(..n).unwrap_or_default());
             while let Some(frame) = self.asked.next()? {
                 self.to_worker.extend_from_slice(frame.bytes());
-                if frame.is_request() && self.calls.len() < CALLS_MAX {
-                    self.calls.insert(frame.stream(), (frame, 0));
-                }
+                self.remember(frame);
             }
         }
         Ok(true)
     }
 
+    fn remember(&mut self, frame: Frame) {
+        let bytes = self.call_bytes.saturating_add(frame.bytes().len());
+        if frame.is_request() && self.calls.len() < CLIENT_CALLS && bytes <= CLIENT_CALL_BYTES {
+            self.forget(frame.stream());
+            self.call_bytes = self.call_bytes.saturating_add(frame.bytes().len());
+            self.calls.insert(frame.stream(), (frame, 0));
+        }
+    }
+
+    fn forget(&mut self, stream: u32) {
+        if let Some((frame, _)) = self.calls.remove(&stream) {
+            self.call_bytes = self.call_bytes.saturating_sub(frame.bytes().len());
+        }
+    }
+
     /// From the worker.
     fn take_answers(&mut self) -> io::Result<()> {
-        while self.lost.is_none() && self.to_client.len() < WAITING_MAX {
+        while self.lost.is_none() && self.to_client.len() < CLIENT_WAITING {
             let mut buffer = [0; 16 << 10];
             match read(&mut self.inner, &mut buffer) {
                 Ok(None) => return Ok(()),
@@ -142,7 +153,7 @@ impl Client {
             }
             while let Some(frame) = self.answered.next()? {
                 if frame.is_response() {
-                    self.calls.remove(&frame.stream());
+                    self.forget(frame.stream());
                 }
                 self.to_client.extend_from_slice(frame.bytes());
             }
@@ -165,13 +176,15 @@ impl Client {
         let (to_worker, to_client) = (&mut self.to_worker, &mut self.to_client);
         self.calls.retain(|&stream, (frame, tries)| {
             *tries = tries.saturating_add(1);
-            let again = *tries <= TRIES_MAX || frame.waits();
+            let again = *tries <= CLIENT_TRIES || frame.waits();
             match again {
                 true => to_worker.extend_from_slice(frame.bytes()),
                 false => to_client.extend_from_slice(Frame::lost(stream).bytes()),
             }
             again
         });
+        let left = self.calls.values().map(|(frame, _)| frame.bytes().len());
+        self.call_bytes = left.sum();
         Ok(theirs)
     }
 }
@@ -198,7 +211,7 @@ fn write(to: &mut UnixStream, waiting: &mut Vec<u8>) -> io::Result<()> {
             Err(e) => return Err(e),
         }
     }
-    waiting.shrink_to(WAITING_MAX);
+    waiting.shrink_to(CLIENT_WAITING);
     Ok(())
 }
 
@@ -263,7 +276,7 @@ mod tests {
         let (mut client, _worker) = Client::new(outer).unwrap();
         containerd.write_all(&frame(1, 1)).unwrap();
         client.pump();
-        for _ in 0..TRIES_MAX {
+        for _ in 0..CLIENT_TRIES {
             client.reconnect().unwrap();
             assert_eq!(client.calls.len(), 1);
         }
@@ -273,6 +286,33 @@ mod tests {
         let mut said = [0; 10];
         containerd.read_exact(&mut said).unwrap();
         assert_eq!(&said[7..9], &[1, 2]);
+    }
+
+    #[test]
+    fn calls_beyond_the_caps_are_passed_on_and_not_remembered() {
+        let (_containerd, outer) = UnixStream::pair().unwrap();
+        let (mut client, _worker) = Client::new(outer).unwrap();
+        let call = |stream: u32, body: usize| {
+            let mut bytes = (body as u32).to_be_bytes().to_vec();
+            bytes.extend(stream.to_be_bytes());
+            bytes.extend([1, 0]);
+            bytes.resize(10 + body, 0);
+            let mut cutter = Cutter::default();
+            cutter.push(&bytes);
+            cutter.next().unwrap().unwrap()
+        };
+        for stream in 0..CLIENT_CALLS as u32 + 10 {
+            client.remember(call(stream, 0));
+        }
+        assert_eq!(client.calls.len(), CLIENT_CALLS);
+        for stream in 0..CLIENT_CALLS as u32 {
+            client.forget(stream);
+        }
+        assert_eq!(client.call_bytes, 0);
+        for stream in 0..20 {
+            client.remember(call(stream, 4 << 20));
+        }
+        assert_eq!(client.calls.len(), CLIENT_CALL_BYTES / ((4 << 20) + 10));
     }
 
     #[test]

@@ -5,10 +5,10 @@ use std::io;
 use protobuf::Message;
 use ttrpc::proto::{Code, Request, Response, Status};
 
+use crate::limits::FRAME_BODY;
+
 /// Bytes of a header.
 const HEADER: usize = 10;
-/// Longest body (ttrpc's own limit).
-const BODY_MAX: usize = 4 << 20;
 /// Type of a frame that asks.
 const REQUEST: u8 = 1;
 /// Type of a frame that answers.
@@ -83,7 +83,7 @@ impl Cutter {
             return Ok(None);
         }
         let body = number(&self.0, 0) as usize;
-        if body > BODY_MAX {
+        if body > FRAME_BODY {
             return Err(io::Error::other("a frame is longer than ttrpc allows"));
         }
         let length = HEADER.saturating_add(body);

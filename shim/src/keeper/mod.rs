@@ -59,8 +59,6 @@ const PAUSE: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(3);
 /// How long no connection is taken after one could not be.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
-/// Most descriptors that are stored.
-const STORED_MAX: usize = 16 * 1024;
 /// How long answers may take to go out after the worker's orderly end.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
@@ -242,7 +240,9 @@ impl Keeper {
 
     fn follow(&mut self, message: Message, fd: Option<OwnedFd>) {
         match (message, fd) {
-            (Message::Store { process, role }, Some(fd)) if self.stored.len() < STORED_MAX => {
+            (Message::Store { process, role }, Some(fd))
+                if self.stored.len() < crate::limits::KEEPER_STREAMS =>
+            {
                 self.stored.insert((process, role), fd);
             }
             (Message::Forget { process, role }, _) => match role {

@@ -18,14 +18,12 @@ use std::{
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
 
+use crate::limits;
+
 /// How long an answer may take.
 const ANSWER: Duration = Duration::from_secs(10);
 /// How long the peer may take to listen after its start.
 const LISTEN: Duration = Duration::from_secs(10);
-/// Descriptors of one request at most.
-const FDS_MAX: usize = 32;
-/// Longest answer.
-const ANSWER_MAX: usize = 64 * 1024;
 
 /// Why a request failed.
 #[derive(Debug, thiserror::Error)]
@@ -213,7 +211,8 @@ fn connect(path: &Path, over: &AtomicBool) -> io::Result<UnixStream> {
 fn send(stream: &mut UnixStream, line: &str, fds: &[OwnedFd]) -> io::Result<()> {
     let mut rest = line.as_bytes();
     let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+    let mut space =
+        [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(limits::CONTROL_DESCRIPTORS))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(&fds)) {
         return Err(io::ErrorKind::InvalidInput.into());
@@ -237,7 +236,7 @@ fn read_line(stream: &mut UnixStream) -> io::Result<Vec<u8>> {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         line.extend_from_slice(chunk.get(..n).unwrap_or_default());
-        if line.len() > ANSWER_MAX {
+        if line.len() > limits::CONTROL_ANSWER {
             return Err(io::Error::other("answer is too long"));
         }
     }
@@ -326,6 +325,16 @@ mod tests {
             .request_blocking(&add_tree("t1", true, false), &[file])
             .unwrap();
         assert_eq!(peer.join().unwrap(), 1);
+    }
+
+    #[test]
+    fn an_answer_without_end_is_refused() {
+        let (mut ours, mut theirs) = UnixStream::pair().unwrap();
+        let flood = vec![b'x'; 2 * limits::CONTROL_ANSWER];
+        let writer = std::thread::spawn(move || theirs.write_all(&flood));
+        assert!(read_line(&mut ours).is_err());
+        drop(ours);
+        let _ = writer.join();
     }
 
     #[test]

@@ -19,9 +19,8 @@ use super::{
     timeline::{OfVmm, Stages},
 };
 use crate::config::{Config, Engine};
+use crate::limits::EXIT_JSON;
 
-/// Longest `exit.json` that is read.
-const EXIT_MAX: u64 = 64 * 1024;
 /// Console bytes that an error quotes.
 const QUOTE_MAX: usize = 600;
 
@@ -149,7 +148,7 @@ impl End {
     fn read_file(file: &Path) -> io::Result<Self> {
         let mut text = Vec::new();
         fs::File::open(file)?
-            .take(EXIT_MAX)
+            .take(EXIT_JSON)
             .read_to_end(&mut text)?;
         serde_json::from_slice(&text).map_err(io::Error::other)
     }
@@ -204,9 +203,9 @@ fn last_line(file: &Path) -> String {
         return String::new();
     };
     let length = file.metadata().map_or(0, |m| m.len());
-    let _ = file.seek(SeekFrom::Start(length.saturating_sub(EXIT_MAX)));
+    let _ = file.seek(SeekFrom::Start(length.saturating_sub(EXIT_JSON)));
     let mut text = Vec::new();
-    let _ = (&mut file).take(EXIT_MAX).read_to_end(&mut text);
+    let _ = (&mut file).take(EXIT_JSON).read_to_end(&mut text);
     let text = String::from_utf8_lossy(&text);
     text.lines()
         .rfind(|l| !l.trim().is_empty())

@@ -13,10 +13,13 @@ use tokio::{
     time::timeout,
 };
 
+use crate::limits::{READY_CONNECTIONS, VSOCK_LINE};
+
 /// How long the VMM and the guest may take to accept a connection.
 const CONNECT: Duration = Duration::from_secs(20);
-/// Longest line of the VMM or of the agent.
-const LINE_MAX: usize = 128;
+
+/// How long the guest may take for its line on the ready port.
+const READY_LINE: Duration = Duration::from_secs(1);
 
 /// Connects to a port of the guest.
 pub async fn connect(socket: &Path, port: u32) -> io::Result<UnixStream> {
@@ -25,7 +28,7 @@ pub async fn connect(socket: &Path, port: u32) -> io::Result<UnixStream> {
         stream
             .write_all(format!("CONNECT {port}\n").as_bytes())
             .await?;
-        let line = read_line(&mut stream, LINE_MAX).await?;
+        let line = read_line(&mut stream, VSOCK_LINE).await?;
         if line.starts_with("OK ") {
             return Ok(stream);
         }
@@ -57,16 +60,20 @@ pub async fn connect_stream(
     Ok(connection)
 }
 
-/// Waits for the agent's `ready <version>` and gives back the version.
+/// Waits for the agent's `ready <version>` and gives back the version. A guest that says something else is heard a few times.
 pub async fn accept_ready(listener: &UnixListener) -> io::Result<String> {
-    loop {
+    for _ in 0..READY_CONNECTIONS {
         let (mut stream, _) = listener.accept().await?;
-        let line = read_line(&mut stream, LINE_MAX).await?;
+        let line = match timeout(READY_LINE, read_line(&mut stream, VSOCK_LINE)).await {
+            Ok(line) => line.unwrap_or_else(|error| error.to_string()),
+            Err(late) => late.to_string(),
+        };
         match line.strip_prefix("ready ") {
             Some(version) => return Ok(version.to_owned()),
             None => tracing::warn!(?line, "unexpected line on the ready port"),
         }
     }
+    Err(io::Error::other("the guest says other things than `ready`"))
 }
 
 /// Reads a short line byte by byte: what follows it belongs to somebody else.
@@ -86,15 +93,46 @@ mod tests {
     use super::*;
 
     #[tokio::test]
+    async fn lines_on_the_ready_port_have_an_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ready");
+        let listener = UnixListener::bind(&path).unwrap();
+        let guest = tokio::spawn(async move {
+            for junk in [vec![b'x'; VSOCK_LINE + 1], b"steady\n".to_vec()] {
+                let mut stream = UnixStream::connect(&path).await.unwrap();
+                let _ = stream.write_all(&junk).await;
+            }
+            // One that says nothing holds nobody up.
+            let silent = UnixStream::connect(&path).await.unwrap();
+            let mut stream = UnixStream::connect(&path).await.unwrap();
+            stream.write_all(b"ready 1.2.3\n").await.unwrap();
+            (silent, stream)
+        });
+        let version = accept_ready(&listener).await.unwrap();
+        assert_eq!(version, "1.2.3");
+        drop(guest.await.unwrap());
+
+        let path = dir.path().join("ready");
+        let flood = tokio::spawn(async move {
+            for _ in 0..READY_CONNECTIONS {
+                let mut stream = UnixStream::connect(&path).await.unwrap();
+                let _ = stream.write_all(b"steady\n").await;
+            }
+        });
+        assert!(accept_ready(&listener).await.is_err());
+        flood.await.unwrap();
+    }
+
+    #[tokio::test]
     async fn a_stream_says_connect_then_its_header_then_data() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vsock.sock");
         let listener = UnixListener::bind(&path).unwrap();
         let guest = tokio::spawn(async move {
             let (mut stream, _) = listener.accept().await.unwrap();
-            let connect = read_line(&mut stream, LINE_MAX).await.unwrap();
+            let connect = read_line(&mut stream, VSOCK_LINE).await.unwrap();
             stream.write_all(b"OK 1025\nfirst").await.unwrap();
-            let header = read_line(&mut stream, LINE_MAX).await.unwrap();
+            let header = read_line(&mut stream, VSOCK_LINE).await.unwrap();
             (connect, header)
         });
         let mut stream = connect_stream(&path, "web", "e1", StreamKind::Stdout)

@@ -3,14 +3,13 @@
 use ttrpc::Code;
 
 use crate::{
-    hooks, mounts,
+    hooks,
+    limits::AGENT_TEXT,
+    mounts,
     refusal::Refusal,
     sandbox::{self, machine::printable},
     spec, stdio,
 };
-
-/// Longest text of the agent's that is passed on, in bytes.
-const AGENT_TEXT_MAX: usize = 2000;
 
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
@@ -110,10 +109,9 @@ impl From<Error> for ttrpc::Error {
     fn from(error: Error) -> Self {
         match error {
             // The agent's own statuses are typed and name the field: they pass, but as what a guest says.
-            Error::Agent(Self::RpcStatus(status)) => ttrpc::error::get_rpc_status(
-                status.code(),
-                printable(&status.message, AGENT_TEXT_MAX),
-            ),
+            Error::Agent(Self::RpcStatus(status)) => {
+                ttrpc::error::get_rpc_status(status.code(), printable(&status.message, AGENT_TEXT))
+            }
             error => ttrpc::error::get_rpc_status(error.code(), error),
         }
     }
@@ -151,7 +149,7 @@ mod tests {
         let said = ttrpc::error::get_rpc_status(Code::INVALID_ARGUMENT, text);
         let (code, text) = status(Error::Agent(said));
         assert_eq!(code, Code::INVALID_ARGUMENT);
-        assert!(text.len() <= AGENT_TEXT_MAX && text.ends_with("?[2Jprocess.args: is empty"));
+        assert!(text.len() <= AGENT_TEXT && text.ends_with("?[2Jprocess.args: is empty"));
     }
 
     #[test]

@@ -1,6 +1,11 @@
 //! The shim's own API as containerd speaks it, in orders that containerd's clients do not show.
 
-use std::{fs, time::Duration};
+use std::{
+    fs,
+    io::{BufRead, BufReader, Write},
+    os::unix::net::UnixStream,
+    time::Duration,
+};
 
 use bulkhead_cri::Cri;
 use bulkhead_harness::{
@@ -24,10 +29,21 @@ use crate::task_api;
 
 const BUSYBOX: &[Image] = &[Image::Busybox];
 
+/// As in the limits tables (docs/limits.md).
+const EXECS_MAX: usize = 1024;
+const CONTROL_CONNECTIONS: usize = 8;
+const CONTROL_LINE_BYTES: usize = 4 << 10;
+
 /// The cases of this group.
 pub const TESTS: &[Test] = &[
     test!(
         task_api::calls_in_any_order_have_typed_answers,
+        BUSYBOX,
+        MACHINES
+    ),
+    test!(task_api::execs_have_a_cap, BUSYBOX, MACHINES),
+    test!(
+        task_api::control_lines_and_connections_are_capped,
         BUSYBOX,
         MACHINES
     ),
@@ -68,15 +84,7 @@ fn calls_in_any_order_have_typed_answers(suite: &Suite) -> Outcome {
     let task = TaskClient::new(connect(&runtime, &pod.shim()?)?);
     let patience = suite.scale.seconds(20);
     let limit = || ttrpc::context::with_duration(patience);
-    let exec = |exec_id: &str, script: &str| {
-        let mut request = ExecProcessRequest::new();
-        request.id = id.into();
-        request.exec_id = exec_id.into();
-        let process = json!({ "args": ["sh", "-c", script], "cwd": "/", "user": { "uid": 0, "gid": 0 },
-            "env": ["PATH=/bin"] });
-        request.spec.mut_or_insert_default().value = process.to_string().into_bytes();
-        request
-    };
+    let exec = |exec_id: &str, script: &str| exec_request(id, exec_id, script);
     let start = |exec_id: &str| {
         let mut request = StartRequest::new();
         request.id = id.into();
@@ -174,6 +182,86 @@ fn calls_in_any_order_have_typed_answers(suite: &Suite) -> Outcome {
     runtime.block_on(all)?;
     pod.delete()?;
     Ok(())
+}
+
+/// Execs that were added and never deleted: the next one is refused, and one that is deleted makes room.
+fn execs_have_a_cap(suite: &Suite) -> Outcome {
+    let pod = suite.busybox().args(&["sleep", "1000000"]).detach()?;
+    let id = pod.name();
+    let runtime = runtime()?;
+    let task = TaskClient::new(connect(&runtime, &pod.shim()?)?);
+    let patience = suite.scale.seconds(20);
+    let limit = || ttrpc::context::with_duration(patience);
+    let add = async |number: usize| {
+        let request = exec_request(id, &format!("e{number}"), "true");
+        task.exec(limit(), &request).await
+    };
+    runtime.block_on(async {
+        let failed = |error: ttrpc::Error| Failure::Failed(error.to_string());
+        for number in 0..EXECS_MAX {
+            add(number).await.map_err(failed)?;
+        }
+        let what = "one exec more";
+        let more = code(what, add(EXECS_MAX).await)?;
+        ensure_eq!(what, more, Code::RESOURCE_EXHAUSTED);
+        let mut first = DeleteRequest::new();
+        first.id = id.into();
+        first.exec_id = "e0".into();
+        task.delete(limit(), &first).await.map_err(failed)?;
+        add(EXECS_MAX).await.map_err(failed)?;
+        Ok::<_, Failure>(())
+    })?;
+    pod.end()?;
+    Ok(())
+}
+
+/// Clients at the VMM's control socket that ask for too much harm neither the pod nor each other.
+fn control_lines_and_connections_are_capped(suite: &Suite) -> Outcome {
+    let pod = suite.busybox().args(&["sleep", "1000000"]).detach()?;
+    let path = suite.state_of(pod.name()).join("control.sock");
+    let dial = || -> Outcome<UnixStream> {
+        let stream = UnixStream::connect(&path).context("connect to control.sock")?;
+        let patience = Some(suite.scale.seconds(20));
+        stream.set_read_timeout(patience).context("a timeout")?;
+        Ok(stream)
+    };
+    let answer = |stream: &UnixStream| -> Outcome<String> {
+        let mut line = String::new();
+        let mut reader = BufReader::new(stream);
+        reader.read_line(&mut line).context("an answer")?;
+        Ok(line)
+    };
+    let report = b"{\"op\":\"report\"}\n";
+
+    let mut long = dial()?;
+    // The VMM may close the connection before all of it is taken.
+    let _ = long.write_all(&[b' '; CONTROL_LINE_BYTES + 1]);
+    let said = answer(&long)?;
+    ensure!(said.contains("too long"), "a long line: {said}");
+
+    // More than it serves: those that wait are served once others go, and the pod goes on meanwhile.
+    let idle = (0..2 * CONTROL_CONNECTIONS).map(|_| dial());
+    let idle = idle.collect::<Outcome<Vec<_>>>()?;
+    let output = pod.exec(&["echo", "there"]).output()?.ok()?;
+    let text = output.text();
+    ensure_eq!("an exec meanwhile", text.trim(), "there");
+    let mut waiting = dial()?;
+    waiting.write_all(report).context("write")?;
+    drop(idle);
+    let said = answer(&waiting)?;
+    ensure!(said.starts_with("{\"ok\""), "after the others: {said}");
+    pod.end()?;
+    Ok(())
+}
+
+fn exec_request(id: &str, exec_id: &str, script: &str) -> ExecProcessRequest {
+    let mut request = ExecProcessRequest::new();
+    request.id = id.into();
+    request.exec_id = exec_id.into();
+    let process = json!({ "args": ["sh", "-c", script], "cwd": "/", "user": { "uid": 0, "gid": 0 },
+        "env": ["PATH=/bin"] });
+    request.spec.mut_or_insert_default().value = process.to_string().into_bytes();
+    request
 }
 
 fn checkpoint(id: &str) -> CheckpointTaskRequest {

@@ -67,6 +67,21 @@ fn a_file_can_be_a_tree() {
 }
 
 #[test]
+fn trees_have_a_cap() {
+    let Some(rig) = Rig::start() else { return };
+    let readonly = r#""readonly":true"#;
+    let file = rig.path("ro/file");
+    // Two are there from the start.
+    for number in 2..crate::limits::FS_TREES {
+        rig.add(&format!("t{number}"), &file, readonly).unwrap();
+    }
+    let error = rig.add("more", &file, readonly).unwrap_err();
+    assert!(error.contains("no more fit"), "{error}");
+    rig.request(r#"{"op":"remove","id":"t2"}"#, &[]).unwrap();
+    rig.add("more", &file, readonly).unwrap();
+}
+
+#[test]
 fn a_removed_tree_is_gone_with_all_that_was_open_in_it() {
     let Some(rig) = Rig::start() else { return };
     let ro = rig.tree(c"ro");

@@ -298,6 +298,15 @@ fn no_access_of_any_width_order_or_place_does_harm() {
 }
 
 #[test]
+fn warnings_about_registers_end() {
+    let (mut transport, _) = transport();
+    for _ in 0..100 {
+        write(&mut transport, MAGIC_VALUE, 1);
+    }
+    assert_eq!(transport.warnings, limits::REGISTER_WARNINGS);
+}
+
+#[test]
 fn a_kick_reaches_its_queue_only_while_the_device_runs() {
     let (mut transport, _) = transport();
     write(&mut transport, QUEUE_NOTIFY, 0);

@@ -426,6 +426,84 @@ fn a_connection_storm_is_capped() {
     }
 }
 
+/// A connection that the device closed.
+fn is_closed(stream: &mut UnixStream) -> bool {
+    matches!(stream.read(&mut [0; 64]), Ok(0) | Err(_))
+}
+
+#[test]
+fn clients_that_do_not_say_connect_have_a_cap() {
+    let bench = Bench::new();
+    let path = bench.folder.path().join("vsock.sock");
+    let dial = |_| {
+        let stream = UnixStream::connect(&path).unwrap();
+        let patience = Some(Duration::from_secs(10));
+        stream.set_read_timeout(patience).unwrap();
+        stream
+    };
+    let _waiting: Vec<_> = (0..limits::VSOCK_PENDING_CONNECTS).map(dial).collect();
+    assert!(is_closed(&mut dial(0)), "one above the cap was kept");
+}
+
+#[test]
+fn a_client_that_never_says_connect_is_closed() {
+    let bench = Bench::new();
+    let mut stream = UnixStream::connect(bench.folder.path().join("vsock.sock")).unwrap();
+    let patience = limits::VSOCK_CONNECT_TIMEOUT + Duration::from_secs(10);
+    stream.set_read_timeout(Some(patience)).unwrap();
+    let start = Instant::now();
+    assert_eq!(stream.read(&mut [0; 64]).unwrap(), 0);
+    assert!(start.elapsed() >= limits::VSOCK_CONNECT_TIMEOUT - Duration::from_millis(100));
+}
+
+#[test]
+fn connections_of_the_host_have_a_cap() {
+    let wanted = Some(4 * limits::VSOCK_CONNECTIONS as u64);
+    let both = rustix::process::Rlimit {
+        current: wanted,
+        maximum: wanted,
+    };
+    // Both ends of each connection are this process's; who is not root has fewer and cannot see the cap.
+    if rustix::process::setrlimit(rustix::process::Resource::Nofile, both).is_err() {
+        return;
+    }
+    let mut bench = Bench::new();
+    let mut clients = Vec::new();
+    for _ in 0..limits::VSOCK_CONNECTIONS {
+        clients.push(bench.dial(1024));
+        let (request, _) = bench.receive();
+        assert_eq!(request.operation, Operation::Request);
+    }
+    assert!(
+        is_closed(&mut bench.dial(1024)),
+        "one above the cap was kept"
+    );
+}
+
+#[test]
+fn resets_for_a_guest_that_takes_none_have_a_cap() {
+    let mut bench = Bench::with_rx_buffers(0);
+    let sent = limits::VSOCK_PENDING_RESETS as u32 + 100;
+    for guest in 0..sent {
+        let ports = Ports { guest, ..PORTS };
+        bench.send_data(ports, b"x", 0);
+    }
+    // All were taken once the last one's slot is free again.
+    while !bench.tx_busy.is_empty() {
+        let (head, _) = wait(|| bench.tx.used());
+        bench.tx_busy.remove(&(head / 2));
+    }
+    for head in 0..QUEUE {
+        let buffer = (rx_address(head), RX_BUFFER, true);
+        bench.rx.offer_chain(head, &[buffer]);
+    }
+    bench.rx.kick();
+    for guest in 0..limits::VSOCK_PENDING_RESETS as u32 {
+        bench.expect(Ports { guest, ..PORTS }, Operation::Reset);
+    }
+    bench.expect_silence();
+}
+
 #[test]
 fn a_stuck_reader_stops_neither_others_nor_loses_bytes() {
     let mut bench = Bench::new();
