@@ -358,6 +358,14 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn of_a_hooks_stderr_only_the_beginning_is_kept() {
+        let kept = Arc::new(Mutex::new(Vec::new()));
+        let flood = vec![b'x'; 1 << 20];
+        keep(flood.as_slice(), Arc::clone(&kept)).await;
+        assert_eq!(kept.lock().unwrap().len(), HOOK_STDERR);
+    }
+
+    #[tokio::test]
     async fn after_the_timeout_the_whole_process_group_is_killed() {
         let bundle = tempfile::tempdir().unwrap();
         let mut hook = shell("echo $$ > pid; sleep 71 & echo busy >&2; sleep 72");

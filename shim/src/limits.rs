@@ -2,6 +2,7 @@
 //! agree on stands in `bulkhead_protocol::limits`.
 
 /// Bytes of one connection of containerd's that wait for one side before the other is not read any more (and one frame more).
+/// Test: `a_client_that_writes_and_a_worker_that_does_not_read_stop_each_other`.
 pub const CLIENT_WAITING: usize = 64 << 10;
 
 /// Calls without an answer that the keeper remembers for the next worker; one beyond ends with its worker.
@@ -61,7 +62,9 @@ pub const LOG_BURST: u32 = 512;
 pub const LOG_LINES_PER_SECOND: u32 = 32;
 
 /// Most trees of one container (overlayfs takes 500 layers).
+/// Test: `more_sources_than_a_container_may_have_are_refused`.
 pub const TREES: usize = 600;
 
 /// Bytes of a hook's stderr that are kept.
+/// Test: `of_a_hooks_stderr_only_the_beginning_is_kept`.
 pub const HOOK_STDERR: usize = 4096;

@@ -139,6 +139,22 @@ fn bind_mounts_become_trees_and_the_guests_own_pass_through() {
 }
 
 #[test]
+fn more_sources_than_a_container_may_have_are_refused() {
+    let host = tempfile::tempdir().unwrap();
+    let mount = |number: usize| {
+        let source = host.path().join(number.to_string());
+        fs::create_dir(&source).unwrap();
+        json!({ "destination": format!("/{number}"), "type": "bind", "source": source })
+    };
+    let mounts: Vec<_> = (0..crate::limits::TREES).map(mount).collect();
+    let (dir, mut spec) = bundle(json!(mounts));
+    fs::create_dir_all(dir.path().join("rootfs/bin")).unwrap();
+    let error = Plan::new(&[], &mut spec, &mut Table::default()).err();
+    let text = error.map(|error| error.to_string()).unwrap_or_default();
+    assert!(text.contains("more trees than"), "{text}");
+}
+
+#[test]
 fn sources_that_are_missing_devices_or_other_file_systems_are_refused_with_their_index() {
     for (mount, why) in [
         (

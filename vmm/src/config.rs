@@ -343,6 +343,12 @@ mod tests {
     }
 
     #[test]
+    fn of_a_file_without_end_no_more_than_the_cap_is_read() {
+        let error = load(|v| v["qemu"] = json!("q".repeat(limits::CONFIG_BYTES as usize)));
+        assert!(matches!(error, Err(ConfigError::Parse { .. })));
+    }
+
+    #[test]
     fn a_whole_configuration_is_read() {
         let config = load(|_| ()).unwrap();
         assert_eq!(config.engine, EngineKind::Kvm);

@@ -5,6 +5,7 @@
 pub const CHAIN_BUFFERS: usize = 1023;
 
 /// Most bytes of `machine.json`.
+/// Test: `of_a_file_without_end_no_more_than_the_cap_is_read`.
 pub const CONFIG_BYTES: u64 = 64 << 10;
 
 /// Most vCPUs of a machine. The MP table of 1 KiB holds no more.
@@ -99,6 +100,7 @@ pub const NET_WARNINGS: u64 = 16;
 pub const RNG_REQUEST_BYTES: usize = 4 << 10;
 
 /// Random bytes given to the guest in a second.
+/// Test: `a_seconds_bytes_are_used_up_and_come_back`.
 pub const RNG_BYTES_PER_SECOND: usize = 1 << 20;
 
 /// Most vsock connections of a guest at once, those that still drain included.

@@ -316,6 +316,23 @@ mod tests {
     }
 
     #[test]
+    fn a_client_that_writes_and_a_worker_that_does_not_read_stop_each_other() {
+        let (mut containerd, outer) = UnixStream::pair().unwrap();
+        let (mut client, _worker) = Client::new(outer).unwrap();
+        containerd.set_nonblocking(true).unwrap();
+        let flood = frame(1, 1).repeat(1 << 20);
+        let mut sent = 0;
+        for _ in 0..1000 {
+            while let Ok(n) = containerd.write(&flood[sent..]) {
+                sent += n;
+            }
+            client.pump();
+        }
+        assert!(sent < flood.len(), "all of it was taken");
+        assert!(client.to_worker.len() <= CLIENT_WAITING + (16 << 10));
+    }
+
+    #[test]
     fn a_client_that_goes_is_over() {
         let (containerd, outer) = UnixStream::pair().unwrap();
         let (mut client, _worker) = Client::new(outer).unwrap();

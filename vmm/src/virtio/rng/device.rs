@@ -161,6 +161,25 @@ mod tests {
     }
 
     #[test]
+    fn a_seconds_bytes_are_used_up_and_come_back() {
+        let mut budget = Budget::new();
+        let requests = limits::RNG_BYTES_PER_SECOND / limits::RNG_REQUEST_BYTES;
+        for _ in 0..requests {
+            budget.spend(limits::RNG_REQUEST_BYTES);
+        }
+        assert_eq!(budget.left, 0);
+        let start = Instant::now();
+        budget.spend(limits::RNG_REQUEST_BYTES);
+        assert!(
+            start.elapsed() >= Duration::from_millis(10),
+            "nobody waited"
+        );
+        budget.renewed -= Duration::from_secs(1);
+        budget.spend(limits::RNG_REQUEST_BYTES);
+        assert!(budget.left > 0);
+    }
+
+    #[test]
     fn a_buffer_is_filled_up_to_the_cap() {
         let memory = memory();
         let interrupt = CountingInterrupt::new();
