@@ -17,8 +17,8 @@ use crate::{
     config::Config,
     hooks::Runner,
     sandbox::{
-        network::note,
         state::{self, IdError, Owner, ProcessId},
+        wipe,
     },
     spec,
     task::now,
@@ -85,9 +85,7 @@ fn clean(dir: &Path, owner: Option<Owner>, socket: &Path) -> Result<(), Error> {
         owner.shim.kill_session();
         owner.shim.wait_gone(SHIM_END);
     }
-    state::kill_children(dir);
-    note::clean(dir);
-    state::remove_dir(dir).map_err(|source| Error::Remove {
+    wipe(dir).map_err(|source| Error::Remove {
         path: dir.to_owned(),
         source,
     })?;

@@ -65,6 +65,10 @@ pub const LOG_LINES_PER_SECOND: u32 = 32;
 /// Test: `more_sources_than_a_container_may_have_are_refused`.
 pub const TREES: usize = 600;
 
+/// Longest `linux.cgroupsPath`, in bytes.
+/// Test: `what_leads_elsewhere_or_nowhere_is_refused_by_the_fields_name`.
+pub const CGROUP_PATH: usize = 1024;
+
 /// Bytes of a hook's stderr that are kept.
 /// Test: `of_a_hooks_stderr_only_the_beginning_is_kept`.
 pub const HOOK_STDERR: usize = 4096;

@@ -8,12 +8,13 @@ use std::{io, path::Path, sync::Arc};
 use super::{
     Error, Pod, control,
     machine::Size,
-    network::{Network, namespace::Namespace, note},
+    network::{Network, namespace::Namespace},
     record::{Book, Ready, Record},
     spawn::Helper,
     state::{self, ProcessId},
     state_error,
     timeline::Timeline,
+    wipe,
 };
 use crate::config::Config;
 
@@ -52,9 +53,7 @@ impl Pod {
             Err(source) => return Err(state_error(&dir)(source)),
         };
         let Some((record, ready)) = record.and_then(|r| Some((r.clone(), r.ready?))) else {
-            state::kill_children(&dir);
-            note::clean(&dir);
-            state::remove_dir(&dir).map_err(state_error(&dir))?;
+            wipe(&dir).map_err(state_error(&dir))?;
             return Ok(None);
         };
         let pod = Self::adopt_in(record, &ready, &dir, timeline).await?;

@@ -63,6 +63,9 @@ pub enum Error {
     /// VMM or file server.
     #[error(transparent)]
     Control(#[from] control::Error),
+    /// Its cgroup.
+    #[error(transparent)]
+    Cgroup(#[from] super::cgroup::Error),
     /// The network.
     #[error(transparent)]
     Network(#[from] super::network::Error),

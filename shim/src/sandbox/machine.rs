@@ -18,9 +18,14 @@ use super::{
     state::write_private,
     timeline::{OfVmm, Stages},
 };
-use crate::config::{Config, Engine};
-use crate::limits::EXIT_JSON;
+use crate::{
+    config::{Config, Engine},
+    limits::EXIT_JSON,
+    spec::CgroupPath,
+};
 
+/// See [`End::out_of_memory`].
+const OUT_OF_MEMORY: &str = "out-of-memory";
 /// Console bytes that an error quotes.
 const QUOTE_MAX: usize = 600;
 
@@ -151,6 +156,19 @@ impl End {
             .take(EXIT_JSON)
             .read_to_end(&mut text)?;
         serde_json::from_slice(&text).map_err(io::Error::other)
+    }
+
+    /// The host's kernel has killed one of the pod's processes: `path` or a cgroup above it is at its limit, or the host is.
+    pub fn out_of_memory(&mut self, path: &CgroupPath) {
+        self.reason = OUT_OF_MEMORY.into();
+        self.detail =
+            format!("the host's kernel killed a process of cgroup {path} for want of memory");
+        self.advice = "raise the memory limit of the cgroups above it (in Kubernetes: the pod's limits, or the RuntimeClass's overhead)".into();
+    }
+
+    /// Whether the host had no memory for it.
+    pub fn is_out_of_memory(&self) -> bool {
+        self.reason == OUT_OF_MEMORY
     }
 
     /// Whether it ended as asked.

@@ -9,6 +9,7 @@
 //! from the same `watch` channel, with the reason.
 
 pub mod adopt;
+pub mod cgroup;
 pub mod control;
 mod error;
 mod failure;
@@ -47,7 +48,7 @@ use self::{
     network::{Network, namespace::Namespace, note},
     record::{Book, Record},
     rest::Rest,
-    spawn::{Helper, Net},
+    spawn::{Helper, Net, Place},
     state::{Owner, ProcessId},
     timeline::{Stage, Timeline},
 };
@@ -55,6 +56,7 @@ use crate::{
     check,
     config::{Config, Engine},
     keeper,
+    spec::CgroupPath,
 };
 
 /// How long the guest may take to power off before it is stopped from outside.
@@ -88,14 +90,15 @@ pub struct Pod {
 }
 
 impl Pod {
-    /// Makes the state folder and starts the machine in the network namespace; the guest boots while the caller goes on.
+    /// Makes the state folder and starts the machine in the host's cgroup and network namespace; the guest boots while the caller
+    /// goes on.
     pub fn start(
         config: &Config,
         namespace: &str,
         id: &str,
         bundle: &Path,
         sizing: Sizing,
-        network: Namespace,
+        place: (Namespace, Option<CgroupPath>),
         timeline: Arc<Timeline>,
     ) -> Result<(Arc<Self>, UnixListener), Error> {
         let dir = state::pod_dir(&config.state, namespace, id)?;
@@ -103,10 +106,9 @@ impl Pod {
         clear_stale(&dir, &format!("{namespace}/{id}"))?;
         state::make_private_dir(&dir).map_err(state_error(&dir))?;
         let of = (record, timeline);
-        let started = Self::start_in(config, of, &dir, bundle, sizing, network);
+        let started = Self::start_in(config, of, &dir, bundle, sizing, place);
         if started.is_err() {
-            state::kill_children(&dir);
-            let _ = state::remove_dir(&dir);
+            let _ = wipe(&dir);
         }
         started
     }
@@ -117,7 +119,7 @@ impl Pod {
         dir: &Path,
         bundle: &Path,
         sizing: Sizing,
-        namespace: Namespace,
+        (namespace, cgroup): (Namespace, Option<CgroupPath>),
     ) -> Result<(Arc<Self>, UnixListener), Error> {
         if config.engine == Engine::Emulated {
             tracing::warn!(
@@ -128,6 +130,7 @@ impl Pod {
             tracing::warn!("debug_shell: the guest offers a shell to root of the host");
         }
         let name = format!("{}/{}", record.namespace, record.id);
+        let cgroup = cgroup.unwrap_or_else(|| CgroupPath::of_id(&record.namespace, &record.id));
         let book = Arc::new(Book::open(dir, record).map_err(state_error(dir))?);
         let keeper = i32::try_from(keeper::pid()).ok().and_then(ProcessId::of);
         let owner = keeper.zip(state::bundle_inode(bundle));
@@ -147,14 +150,20 @@ impl Pod {
             config.engine,
             sizing.start.vcpus,
         )?;
-        let net = Net::Of(network.namespace().as_fd());
-        let (vmm, vmm_id) = child(&config.vmm, dir, "vmm", &for_vmm, net, Vec::new())?;
+        let cgroups = cgroup::make(dir, &cgroup)?;
+        let in_cgroup = |net| Place {
+            net,
+            cgroups: &cgroups,
+        };
+        let place = in_cgroup(Net::Of(network.namespace().as_fd()));
+        let (vmm, vmm_id) = child(&config.vmm, dir, "vmm", &for_vmm, place, Vec::new())?;
         network.set_vmm(vmm_id.pid.unsigned_abs());
         let workers = for_fs
             .iter()
             .flat_map(|fd| ["--worker-fd".to_owned(), fd.as_raw_fd().to_string()])
             .collect();
-        let (fs, fs_id) = match child(&config.fs, dir, "fs", &for_fs, Net::Empty, workers) {
+        let place = in_cgroup(Net::Empty);
+        let (fs, fs_id) = match child(&config.fs, dir, "fs", &for_fs, place, workers) {
             Ok(started) => started,
             Err(error) => {
                 // Not left to the caller: without a wait the child would stay as a zombie.
@@ -435,9 +444,15 @@ fn clear_stale(dir: &Path, name: &str) -> Result<(), Error> {
         return Err(Error::Exists(name.to_owned()));
     }
     tracing::warn!(dir = %dir.display(), "removing what a dead shim left");
+    wipe(dir).map_err(state_error(dir))
+}
+
+/// Ends what is left of the pod whose state folder is `dir`, and removes what it has on the host, the folder last.
+pub fn wipe(dir: &Path) -> io::Result<()> {
     state::kill_children(dir);
     note::clean(dir);
-    state::remove_dir(dir).map_err(state_error(dir))
+    cgroup::clean(dir);
+    state::remove_dir(dir)
 }
 
 fn child(
@@ -445,7 +460,7 @@ fn child(
     dir: &Path,
     name: &str,
     keep: &[OwnedFd],
-    net: Net<'_>,
+    place: Place<'_>,
     mut args: Vec<String>,
 ) -> Result<(Helper, ProcessId), Error> {
     let spawn_error = |source| Error::Spawn {
@@ -454,7 +469,7 @@ fn child(
     };
     args.splice(0..0, ["--state-dir".to_owned(), dir.display().to_string()]);
     let log = dir.join(format!("{name}.log"));
-    let child = spawn::spawn(program, &args, keep, net, &log).map_err(spawn_error)?;
+    let child = spawn::spawn(program, &args, keep, place, &log).map_err(spawn_error)?;
     // Not reaped yet, so the pid is the child's even if it has ended.
     let id = child.id().and_then(|pid| ProcessId::of(pid as i32));
     let id = id.ok_or_else(|| spawn_error(io::ErrorKind::NotFound.into()))?;
@@ -494,6 +509,11 @@ async fn watch_helpers(
         end.reason = "file-server-died".into();
         end.detail = "bulkhead-fs ended".into();
     }
+    if !end.is_orderly()
+        && let Some((1.., path)) = cgroup::oom_kills(&dir)
+    {
+        end.out_of_memory(&path);
+    }
     timeline.of_vmm(end.of_vmm);
     end.stages = timeline.now();
     let end = Arc::new(end);
@@ -516,6 +536,7 @@ async fn watch_helpers(
     let removed = tokio::task::spawn_blocking(move || {
         vmm_id.wait_gone(Duration::from_secs(3));
         network.close();
+        cgroup::clean(&leftovers);
         book.close();
         state::remove_dir(&leftovers)
     });

@@ -102,12 +102,21 @@ pub enum Net<'a> {
     Empty,
 }
 
+/// Where on the host a child is from before its program runs.
+#[derive(Clone, Copy)]
+pub struct Place<'a> {
+    /// Its network.
+    pub net: Net<'a>,
+    /// The `cgroup.procs` of its cgroups.
+    pub cgroups: &'a [OwnedFd],
+}
+
 /// Starts `program`, which inherits `keep` under the same numbers.
 pub fn spawn(
     program: &Path,
     args: &[String],
     keep: &[OwnedFd],
-    net: Net<'_>,
+    place: Place<'_>,
     log: &Path,
 ) -> io::Result<Child> {
     let log = OpenOptions::new()
@@ -117,7 +126,8 @@ pub fn spawn(
         .custom_flags(libc::O_NOFOLLOW)
         .open(log)?;
     let keep: Vec<RawFd> = keep.iter().map(AsRawFd::as_raw_fd).collect();
-    let net = match net {
+    let cgroups: Vec<RawFd> = place.cgroups.iter().map(AsRawFd::as_raw_fd).collect();
+    let net = match place.net {
         Net::Of(namespace) => Some(namespace.as_raw_fd()),
         Net::Empty => None,
     };
@@ -128,11 +138,15 @@ pub fn spawn(
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log);
-    // SAFETY: between fork and exec only system calls are made, on memory allocated before; the numbers in `keep`
-    // and `net` are the caller's descriptors, open until `spawn` returns. CLONE_FILES is not passed to unshare.
+    // SAFETY: between fork and exec only system calls are made, on memory allocated before; the numbers in `keep`,
+    // `cgroups` and `net` are the caller's descriptors, open until `spawn` returns. CLONE_FILES is not passed to unshare.
     unsafe {
         command.pre_exec(move || {
             rustix::process::setsid()?;
+            for &fd in &cgroups {
+                // 0 stands for the process that writes (cgroups(7)).
+                rustix::io::write(BorrowedFd::borrow_raw(fd), b"0")?;
+            }
             match net {
                 Some(fd) => {
                     let fd = BorrowedFd::borrow_raw(fd);
@@ -172,7 +186,10 @@ mod tests {
             Path::new("/bin/sh"),
             &["-c".into(), script.into()],
             &a[..1],
-            Net::Empty,
+            Place {
+                net: Net::Empty,
+                cgroups: &[],
+            },
             &log,
         )
         .unwrap();

@@ -66,7 +66,7 @@ pub fn spec(request: &CreateSandboxRequest, config: &PodSandboxConfig) -> Value 
         }],
         "annotations": annotations(request, config),
         "linux": {
-            "cgroupsPath": format!("{}/{}", linux.cgroup_parent, request.sandbox_id),
+            "cgroupsPath": cgroup(&linux.cgroup_parent, &request.sandbox_id),
             "namespaces": namespaces(options, &request.netns_path),
             "resources": { "cpu": { "shares": 2 } },
             "sysctl": linux.sysctls,
@@ -81,6 +81,15 @@ pub fn spec(request: &CreateSandboxRequest, config: &PodSandboxConfig) -> Value 
         spec["linux"]["gidMappings"] = mappings(&user.gids);
     }
     spec
+}
+
+/// As containerd's CRI plugin names a container's: below a slice it is a scope.
+fn cgroup(parent: &str, id: &str) -> Value {
+    match parent.rsplit('/').next() {
+        None | Some("") => Value::Null,
+        Some(slice) if slice.ends_with(".slice") => format!("{slice}:cri-containerd:{id}").into(),
+        Some(_) => format!("{parent}/{id}").into(),
+    }
 }
 
 fn namespaces(options: &NamespaceOption, network: &str) -> Value {
@@ -196,6 +205,15 @@ mod tests {
         let annotations = &spec["annotations"];
         assert_eq!(annotations["io.kubernetes.cri.sandbox-memory"], "268435456");
         assert_eq!(annotations["io.kubernetes.cri.container-type"], "sandbox");
+    }
+
+    #[test]
+    fn a_pod_without_a_cgroup_parent_names_none_and_below_a_slice_a_scope() {
+        assert_eq!(cgroup("", "a"), Value::Null);
+        assert_eq!(
+            cgroup("/kubepods.slice/kubepods-pod1.slice", "a"),
+            "kubepods-pod1.slice:cri-containerd:a"
+        );
     }
 
     #[test]

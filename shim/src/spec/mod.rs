@@ -4,6 +4,7 @@
 //! field is lost); what neither side can do is refused by the field's name. `check.rs` refuses by the table of fields, `devices.rs`
 //! what the guest does not have; `translate.rs` turns host numbers and paths into the guest's, `size.rs` sizes the machine.
 
+mod cgroup;
 mod check;
 mod cpuset;
 mod devices;
@@ -31,6 +32,7 @@ use crate::{
     refusal::{Refusal, wrong},
 };
 
+pub use cgroup::CgroupPath;
 pub use size::{Claim, Host, changed_claim, needed};
 pub use translate::{Cpus, Guest};
 
@@ -119,6 +121,7 @@ impl Spec {
         check::fields("", &spec.value)?;
         check::spec(&spec.view)?;
         translate::check(&spec.view, host)?;
+        spec.cgroup()?;
         translate::drop_defaults(&mut spec.value);
         let linux = &spec.view.linux;
         devices::check(&linux.devices, &linux.resources.devices, &mut spec.value)?;
@@ -151,6 +154,14 @@ impl Spec {
         let mut namespaces = self.view.linux.namespaces.iter();
         let network = namespaces.find(|n| n.r#type == "network")?;
         (!network.path.is_empty()).then(|| Path::new(&network.path))
+    }
+
+    /// The cgroup of the host that it names: of the pod's first container, that of the pod.
+    pub fn cgroup(&self) -> Result<Option<CgroupPath>, Refusal> {
+        match self.view.linux.cgroups_path.as_str() {
+            "" => Ok(None),
+            path => CgroupPath::parse(path).map(Some),
+        }
     }
 
     /// `ociVersion`.

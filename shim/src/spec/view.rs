@@ -36,6 +36,8 @@ pub struct RootView {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct LinuxView {
+    #[serde(rename = "cgroupsPath")]
+    pub cgroups_path: String,
     pub namespaces: Vec<NamespaceView>,
     pub devices: Vec<DeviceView>,
     pub resources: ResourcesView,

@@ -208,7 +208,7 @@ impl Shared {
             &self.pod_id,
             bundle,
             sizing,
-            network,
+            (network, spec.cgroup()?),
             self.timeline.clone(),
         )?;
         self.state().pod = Some(pod.clone());

@@ -175,7 +175,8 @@ impl Shared {
                 continue;
             }
             for process in container.processes() {
-                self.record(&container, &process, killed(KILLED)).await;
+                let exit = with_machine(pod, &process.exec_id);
+                self.record(&container, &process, exit).await;
             }
         }
     }
@@ -310,13 +311,13 @@ impl Shared {
 async fn exit_of(container: &Container, exec_id: &str) -> Exit {
     let pod = &container.pod;
     let Ok(agent) = pod.agent() else {
-        return killed(KILLED);
+        return with_machine(pod, exec_id);
     };
     let request = container.request(exec_id);
     let waited = tokio::select! {
         biased;
         waited = agent.wait(context::Context::default(), &request) => waited,
-        _ = pod.ended() => return killed(KILLED),
+        _ = pod.ended() => return with_machine(pod, exec_id),
     };
     match waited {
         Ok(end) => Exit {
@@ -332,8 +333,16 @@ async fn exit_of(container: &Container, exec_id: &str) -> Exit {
                 tracing::error!(%error, "the agent is lost: the machine is killed");
                 pod.kill();
             }
-            killed(KILLED)
+            with_machine(pod, exec_id)
         }
+    }
+}
+
+/// The end of a process with its machine. For want of memory it is told once a container.
+fn with_machine(pod: &Pod, exec_id: &str) -> Exit {
+    Exit {
+        oom: exec_id.is_empty() && pod.end().is_some_and(|end| end.is_out_of_memory()),
+        ..killed(KILLED)
     }
 }
 

@@ -10,6 +10,7 @@ use bulkhead_harness::{
 use clap::{Parser, ValueEnum};
 
 mod bad_input;
+mod cgroup;
 mod crashes;
 mod cri;
 mod docker;
@@ -126,6 +127,7 @@ fn all() -> Vec<Test> {
         view::TESTS,
         process::TESTS,
         limits::TESTS,
+        cgroup::TESTS,
         exec::TESTS,
         stdio::TESTS,
         files::TESTS,

@@ -124,7 +124,7 @@ pub const FIELDS: &[Field] = &[
     enforced("linux.gidMappings.containerID", ""),
     enforced("linux.gidMappings.size", ""),
     enforced("linux.sysctl.*", "namespaced ones; others are refused"),
-    not_applicable("linux.cgroupsPath", "names a cgroup of the host; the container's is in the guest, named by the container's id"),
+    translated("linux.cgroupsPath", "of the pod's first container: the cgroup of the pod's processes on the host; a path with `..` is refused. A container's own is in the guest, named by its id"),
     enforced("linux.namespaces.type", "each of the eight kinds; a mount namespace must be new; without a network namespace (host network) the spec is refused"),
     translated("linux.namespaces.path", "/proc/<guest pid>/ns/<kind> of a container of this pod; a network path of the host means the pod's network; others are refused"),
     enforced("linux.devices.path", ""),
