@@ -23,6 +23,8 @@ pub struct Figure {
     pub rows: Vec<Row>,
     /// What could not be measured, and why.
     pub missing: Vec<String>,
+    /// Text for whoever looks closer; folded away in the page.
+    pub notes: Vec<String>,
 }
 
 /// A subject's samples.
@@ -48,6 +50,7 @@ impl Figure {
             more_is_better: false,
             rows: Vec::new(),
             missing: Vec::new(),
+            notes: Vec::new(),
         }
     }
 

@@ -10,6 +10,7 @@ use clap::{Parser, ValueEnum};
 
 mod accounting;
 mod figure;
+mod guest;
 mod host;
 mod memory;
 mod network;
@@ -65,6 +66,11 @@ impl Plan {
     pub fn wants(&self, id: &str) -> bool {
         id.contains(&self.filter)
     }
+
+    /// Whether anything but the guest alone was asked for.
+    fn needs_containerd(&self) -> bool {
+        !self.filter.starts_with("guest::")
+    }
 }
 
 fn main() -> ExitCode {
@@ -93,6 +99,25 @@ fn run(args: &Args) -> anyhow::Result<()> {
         filter: args.filter.clone(),
     };
     let host = host::look(&args.dist, engine)?;
+    // The same guest whatever the engine, and the KVM test host has no emulator.
+    let mut figures = match engine {
+        Engine::Kvm => Vec::new(),
+        _ => guest::figures(&args.dist, &plan),
+    };
+    if plan.needs_containerd() {
+        figures.extend(behind_containerd(args, engine, scale, &plan)?);
+    }
+    report::write(&args.out, &host, &figures)?;
+    Ok(())
+}
+
+/// What runs in containers.
+fn behind_containerd(
+    args: &Args,
+    engine: Engine,
+    scale: Scale,
+    plan: &Plan,
+) -> anyhow::Result<Vec<Figure>> {
     let suite = Suite::start(Options {
         engine,
         dist: args.dist.clone(),
@@ -102,10 +127,10 @@ fn run(args: &Args) -> anyhow::Result<()> {
         older: None,
         scale,
     })?;
-    let mut figures = start::figures(&suite, &plan)?;
-    figures.extend(memory::figures(&suite, &plan)?);
-    figures.extend(workload::figures(&suite, &plan)?);
-    match network::figures(&suite, &plan) {
+    let mut figures = start::figures(&suite, plan)?;
+    figures.extend(memory::figures(&suite, plan)?);
+    figures.extend(workload::figures(&suite, plan)?);
+    match network::figures(&suite, plan) {
         Ok(more) => figures.extend(more),
         Err(Failure::Skipped(lacks)) => {
             let mut none = Figure::new("network", "throughput, requests and latency", "");
@@ -114,7 +139,5 @@ fn run(args: &Args) -> anyhow::Result<()> {
         }
         Err(error) => return Err(error.into()),
     }
-    drop(suite);
-    report::write(&args.out, &host, &figures)?;
-    Ok(())
+    Ok(figures)
 }

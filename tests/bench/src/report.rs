@@ -28,6 +28,16 @@ pub fn write(folder: &Path, host: &Host, figures: &[Figure]) -> anyhow::Result<(
         ("results.md", markdown(host, figures)),
         ("report.html", html(host, figures)?),
     ];
+    for figure in figures {
+        for row in &figure.rows {
+            let [name, value, ratio] = cells(row);
+            let by = if ratio.is_empty() { "" } else { ", × runc " };
+            println!("{}: {name}: {value} {}{by}{ratio}", figure.id, figure.unit);
+        }
+        for line in &figure.missing {
+            println!("{}: not measured: {line}", figure.id);
+        }
+    }
     for (name, text) in files {
         let file = folder.join(name);
         fs::write(&file, text).with_context(|| format!("write {}", file.display()))?;
@@ -57,6 +67,9 @@ fn markdown(host: &Host, figures: &[Figure]) -> String {
         }
         for line in &figure.missing {
             let _ = writeln!(text, "\nNot measured: {line}");
+        }
+        for note in &figure.notes {
+            let _ = writeln!(text, "\n```\n{note}```");
         }
     }
     text
@@ -94,6 +107,13 @@ fn html(host: &Host, figures: &[Figure]) -> anyhow::Result<String> {
                 escape(line)
             );
         }
+        for note in &figure.notes {
+            let _ = write!(
+                text,
+                "<details><summary>In detail</summary><pre>{}</pre></details>",
+                escape(note)
+            );
+        }
     }
     text.push_str("</html>\n");
     Ok(text)
@@ -117,7 +137,11 @@ fn cells(row: &Row) -> [String; 3] {
 }
 
 fn number(spread: Spread) -> String {
-    let digits = if spread.median < 10.0 { 2 } else { 0 };
+    let digits = match spread.median {
+        small if small < 10.0 => 2,
+        middle if middle < 200.0 => 1,
+        _ => 0,
+    };
     if spread.q1 == spread.q3 {
         return format!("{:.digits$}", spread.median);
     }
@@ -148,7 +172,10 @@ mod tests {
         assert!(page.contains("a &lt;b&gt; c") && page.contains("crun: &lt;none&gt;"));
         assert!(page.contains("<svg"));
         let table = markdown(&host, &[figure]);
-        assert!(table.contains("| other | 10 (8 to 12) | 0.50 |"), "{table}");
+        assert!(
+            table.contains("| other | 10.0 (7.5 to 12.5) | 0.50 |"),
+            "{table}"
+        );
         assert!(table.contains("Not measured: crun"));
     }
 }
