@@ -9,9 +9,11 @@ use bulkhead_harness::{Engine, Failure, Scale, Suite, suite::Options};
 use clap::{Parser, ValueEnum};
 
 mod accounting;
+mod counts;
 mod figure;
 mod guest;
 mod host;
+mod kept;
 mod memory;
 mod network;
 mod plot;
@@ -44,12 +46,27 @@ struct Args {
     /// Figures whose id contains this.
     #[arg(long, default_value = "")]
     filter: String,
+    /// Measures only what does not depend on the host's load, and fails if it grew beyond what this file holds.
+    #[arg(long, conflicts_with = "filter")]
+    short: Option<PathBuf>,
+    /// Writes what `--short` measures into the file.
+    #[arg(long, requires = "short")]
+    keep: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
 enum EngineName {
     Kvm,
     Emulated,
+}
+
+impl EngineName {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Emulated => "emulated",
+        }
+    }
 }
 
 /// How much is measured.
@@ -59,23 +76,30 @@ pub struct Plan {
     /// Pods at once.
     pub bursts: &'static [u32],
     filter: String,
+    short: bool,
 }
 
 impl Plan {
     /// Whether a figure was asked for.
     pub fn wants(&self, id: &str) -> bool {
-        id.contains(&self.filter)
+        id.contains(&self.filter) && (!self.short || Self::is_steady(id))
     }
 
     /// Whether anything but the guest alone was asked for.
     fn needs_containerd(&self) -> bool {
         !self.filter.starts_with("guest::")
     }
+
+    /// Whether a figure is the same on a busy host.
+    fn is_steady(id: &str) -> bool {
+        id.starts_with("guest::") || id.starts_with("counts::")
+    }
 }
 
 fn main() -> ExitCode {
     match run(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("bulkhead-bench: {error:#}");
             ExitCode::FAILURE
@@ -83,7 +107,8 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(args: &Args) -> anyhow::Result<()> {
+/// Whether nothing grew.
+fn run(args: &Args) -> anyhow::Result<bool> {
     let engine = match args.engine {
         EngineName::Kvm => Engine::Kvm,
         EngineName::Emulated => Engine::Emulated,
@@ -97,6 +122,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
         rounds: args.rounds.unwrap_or(rounds),
         bursts,
         filter: args.filter.clone(),
+        short: args.short.is_some(),
     };
     let host = host::look(&args.dist, engine)?;
     // The same guest whatever the engine, and the KVM test host has no emulator.
@@ -107,8 +133,22 @@ fn run(args: &Args) -> anyhow::Result<()> {
     if plan.needs_containerd() {
         figures.extend(behind_containerd(args, engine, scale, &plan)?);
     }
-    report::write(&args.out, &host, &figures)?;
-    Ok(())
+    let Some(kept) = &args.short else {
+        report::write(&args.out, &host, &figures)?;
+        return Ok(true);
+    };
+    if args.keep {
+        kept::keep(kept, args.engine.name(), &figures)?;
+        return Ok(true);
+    }
+    let tally = kept::compare(kept, args.engine.name(), &figures)?;
+    let kept::Tally {
+        passed,
+        failed,
+        skipped,
+    } = tally;
+    println!("{passed} passed, {failed} failed, {skipped} skipped");
+    Ok(failed == 0 && passed > 0)
 }
 
 /// What runs in containers.
@@ -118,7 +158,7 @@ fn behind_containerd(
     scale: Scale,
     plan: &Plan,
 ) -> anyhow::Result<Vec<Figure>> {
-    let suite = Suite::start(Options {
+    let options = Options {
         engine,
         dist: args.dist.clone(),
         images: args.images.clone(),
@@ -126,8 +166,11 @@ fn behind_containerd(
         containerd: None,
         older: None,
         scale,
-    })?;
-    let mut figures = start::figures(&suite, plan)?;
+    };
+    let mut figures = counts::traced(options.clone(), plan)?;
+    let suite = Suite::start(options)?;
+    figures.extend(counts::figures(&suite, plan)?);
+    figures.extend(start::figures(&suite, plan)?);
     figures.extend(memory::figures(&suite, plan)?);
     figures.extend(workload::figures(&suite, plan)?);
     match network::figures(&suite, plan) {
