@@ -19,12 +19,27 @@ pub struct Figure {
     pub unit: &'static str,
     /// Whether more is better.
     pub more_is_better: bool,
+    /// How it is drawn.
+    #[serde(skip)]
+    pub plot: Plot,
     /// One a subject.
     pub rows: Vec<Row>,
     /// What could not be measured, and why.
     pub missing: Vec<String>,
     /// Text for whoever looks closer; folded away in the page.
     pub notes: Vec<String>,
+}
+
+/// A picture's kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Plot {
+    /// A bar a row.
+    #[default]
+    Bars,
+    /// Each row begins where the row before ends, or the row that [`Row::after`] names.
+    Waterfall,
+    /// One bar a subject, of the parts that are called `<subject>: <part>`.
+    Stacked,
 }
 
 /// A subject's samples.
@@ -38,6 +53,9 @@ pub struct Row {
     pub spread: Option<Spread>,
     /// The same of the ratios to runc, round by round.
     pub to_runc: Option<Spread>,
+    /// In a waterfall, what it follows if that is not the row before.
+    #[serde(skip)]
+    pub after: Option<&'static str>,
 }
 
 impl Figure {
@@ -48,6 +66,7 @@ impl Figure {
             title: title.into(),
             unit,
             more_is_better: false,
+            plot: Plot::Bars,
             rows: Vec::new(),
             missing: Vec::new(),
             notes: Vec::new(),
@@ -57,6 +76,12 @@ impl Figure {
     /// The same where more is better.
     pub fn more_is_better(mut self) -> Self {
         self.more_is_better = true;
+        self
+    }
+
+    /// The same drawn in another way.
+    pub fn drawn(mut self, plot: Plot) -> Self {
+        self.plot = plot;
         self
     }
 
@@ -77,6 +102,7 @@ impl Figure {
             spread: spread(&samples),
             samples,
             to_runc: None,
+            after: None,
         });
     }
 }

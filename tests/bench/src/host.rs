@@ -54,6 +54,8 @@ pub fn look(dist: &Path, engine: Engine) -> Outcome<Host> {
         ("containerd", first("containerd")),
         ("runc", first("runc")),
         ("crun", first("crun")),
+        ("runsc", first("runsc")),
+        ("QEMU", first("qemu-system-x86_64")),
     ])
 }
 

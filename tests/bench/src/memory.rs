@@ -1,14 +1,15 @@
-//! Memory of an idle pod by process (PSS: a page that several map counts in parts), the guest's apart.
+//! Memory of idle pods by process (PSS: a page that several map counts in parts), the guest's apart.
 
 use bulkhead_harness::{
-    Image, Suite,
+    Image, Pod, Suite,
     failure::{Outcome, read},
     process::Process,
 };
 
 use crate::{
     Plan,
-    figure::Figure,
+    figure::{Figure, Plot},
+    plot::PART,
     subject::{RUNC, Subject},
 };
 
@@ -17,31 +18,47 @@ const GUEST_KIB: u64 = 256 << 10;
 const GUEST: &str = "guest memory";
 const KEEPER: &str = "bulkhead-keeper";
 
-/// `memory::idle_pod`: a row a process, and one for the whole pod.
+/// `memory::*`: a row a subject and a row a process, of one pod in the middle of several.
 pub fn figures(suite: &Suite, plan: &Plan) -> Outcome<Vec<Figure>> {
+    let cheap = suite.scale.pods_are_cheap();
+    let sizes: &[u32] = if cheap {
+        &[1, 10, plan.most_pods]
+    } else {
+        &[1, 3]
+    };
+    let mut figures = vec![(
+        "memory::idle_python".to_owned(),
+        Image::Python,
+        "a Debian image with python3",
+        1,
+    )];
+    for &pods in sizes.iter().filter(|&&pods| pods > 0) {
+        figures.push((
+            format!("memory::idle_pods_{pods}"),
+            Image::Busybox,
+            "busybox",
+            pods,
+        ));
+    }
     let mut found = Vec::new();
-    for (id, image, what) in [
-        ("memory::idle_pod", Image::Busybox, "busybox"),
-        (
-            "memory::idle_python",
-            Image::Python,
-            "a Debian image with python3",
-        ),
-    ] {
-        if !plan.wants(id) {
+    for (id, image, what, pods) in figures {
+        if !plan.wants(&id) {
             continue;
         }
         suite.import(image)?;
-        let title = format!("PSS of an idle pod of {what} by process");
-        let mut figure = Figure::new(id, title, "MiB");
+        let title = match pods {
+            1 => format!("PSS of an idle pod of {what} by process"),
+            _ => format!("PSS of a pod by process, the mean of {pods} idle pods of {what}"),
+        };
+        let mut figure = Figure::new(&id, title, "MiB").drawn(Plot::Stacked);
         for subject in [RUNC, Subject::bulkhead(suite.engine)] {
             eprintln!("{id}: {}", subject.name);
-            match pod(suite, subject, image) {
+            match mean(suite, subject, image, pods) {
                 Ok(parts) => {
                     let sum = parts.iter().map(|(_, mib)| mib).sum();
                     figure.add(subject.name, vec![sum]);
                     for (name, mib) in parts {
-                        figure.add_part(format!("{}: {name}", subject.name), vec![mib]);
+                        figure.add_part(format!("{}{PART}{name}", subject.name), vec![mib]);
                     }
                 }
                 Err(error) => figure.missing.push(format!("{}: {error}", subject.name)),
@@ -49,20 +66,44 @@ pub fn figures(suite: &Suite, plan: &Plan) -> Outcome<Vec<Figure>> {
         }
         found.push(figure);
     }
+    if plan.most_pods == 0 && cheap && plan.wants("memory::idle_pods_50") {
+        let mut many = Figure::new("memory::idle_pods_50", "50 idle pods", "MiB");
+        many.missing.push("only on request: --pods 50".into());
+        found.push(many);
+    }
     Ok(found)
 }
 
-fn pod(suite: &Suite, subject: Subject, image: Image) -> Outcome<Vec<(String, f64)>> {
+/// MiB by process of a pod, of several that stand side by side.
+fn mean(suite: &Suite, subject: Subject, image: Image, pods: u32) -> Outcome<Vec<(String, f64)>> {
     let program: &[&str] = match image {
         Image::Python => &[
             "python3",
             "-c",
-            "import time; print(flush=True); time.sleep(1000)",
+            "import time; print(flush=True); time.sleep(1000000)",
         ],
-        _ => &["sleep", "1000"],
+        _ => &["sleep", "1000000"],
     };
-    let pod = subject.run(suite, image).args(program).detach()?;
+    let start = || subject.run(suite, image).args(program).detach();
+    let all: Vec<Pod<'_>> = (0..pods).map(|_| start()).collect::<Outcome<_>>()?;
     std::thread::sleep(suite.scale.seconds(2));
+    let mut parts: Vec<(String, f64)> = Vec::new();
+    for pod in &all {
+        for (name, mib) in of(pod)? {
+            let share = mib / f64::from(pods);
+            match parts.iter_mut().find(|(known, _)| *known == name) {
+                Some((_, sum)) => *sum += share,
+                None => parts.push((name, share)),
+            }
+        }
+    }
+    for pod in all {
+        pod.end()?;
+    }
+    Ok(parts)
+}
+
+fn of(pod: &Pod<'_>) -> Outcome<Vec<(String, f64)>> {
     let mut parts: Vec<(String, f64)> = Vec::new();
     let mut guest = 0;
     let mut processes: Vec<(u32, String)> = Vec::new();
@@ -86,7 +127,6 @@ fn pod(suite: &Suite, subject: Subject, image: Image) -> Outcome<Vec<(String, f6
     if guest > 0 {
         parts.push((GUEST.into(), mib(guest)));
     }
-    pod.end()?;
     Ok(parts)
 }
 

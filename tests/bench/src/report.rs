@@ -10,11 +10,12 @@ use crate::{
     host::Host,
     plot,
     stats::Spread,
+    subject::{RUNC, RUNC_AGAIN},
 };
 
 const STYLE: &str = "body{font:15px/1.5 sans-serif;max-width:64em;margin:2em auto;padding:0 1em;color:#222}\
     table{border-collapse:collapse;margin:.5em 0 1em}td,th{padding:.2em .8em;border-bottom:1px solid #ddd;text-align:right}\
-    td:first-child,th:first-child{text-align:left}svg{max-width:100%;height:auto}h2{margin-top:2em}.missing{color:#a33}";
+    td:first-child,th:first-child,.host td{text-align:left}svg{max-width:100%;height:auto}h2{margin-top:2em}.missing{color:#a33}";
 
 /// Writes the three files and says where they are.
 pub fn write(folder: &Path, host: &Host, figures: &[Figure]) -> anyhow::Result<()> {
@@ -51,6 +52,15 @@ fn markdown(host: &Host, figures: &[Figure]) -> String {
     for (name, value) in host {
         let _ = writeln!(text, "| {name} | {value} |");
     }
+    let _ = writeln!(
+        text,
+        "\n## In short\n\n| | {} |\n|---|---:|---:|---:|---:|",
+        SHORT.join(" | ")
+    );
+    for cells in short(figures) {
+        let _ = writeln!(text, "| {} |", cells.join(" | "));
+    }
+    let _ = writeln!(text, "\n{READING}");
     for figure in figures {
         let _ = write!(
             text,
@@ -78,28 +88,43 @@ fn markdown(host: &Host, figures: &[Figure]) -> String {
 fn html(host: &Host, figures: &[Figure]) -> anyhow::Result<String> {
     let mut text = format!(
         "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><title>Bulkhead: benchmark</title><style>{STYLE}</style>\
-         <h1>Bulkhead: benchmark</h1><table>"
+         <h1>Bulkhead: benchmark</h1><table class=\"host\">"
     );
     for (name, value) in host {
         let _ = write!(text, "<tr><td>{name}</td><td>{}</td></tr>", escape(value));
     }
-    text.push_str("</table><p>Bars are medians, lines reach from the first to the third quartile, dots are runs. Subjects took turns.</p>");
+    text.push_str("</table><h2>In short</h2>");
+    let _ = write!(
+        text,
+        "<table><tr><th></th>{}</tr>",
+        SHORT.map(|head| format!("<th>{head}</th>")).concat()
+    );
+    for cells in short(figures) {
+        let cells = cells.map(|cell| format!("<td>{}</td>", escape(&cell)));
+        let _ = write!(text, "<tr>{}</tr>", cells.concat());
+    }
+    let _ = write!(text, "</table><p>{}</p>", escape(READING));
     for figure in figures {
         let _ = write!(
             text,
-            "<h2>{}</h2><p>{}; {}, {} is better</p>{}<table><tr><th></th><th>{}</th><th>× runc</th></tr>",
+            "<h2>{}</h2><p>{}; {}, {} is better</p>{}",
             escape(&figure.id),
             escape(&figure.title),
             figure.unit,
             better(figure),
-            plot::svg(figure)?,
-            figure.unit
+            plot::svg(figure)?
         );
+        if !figure.rows.is_empty() {
+            let head = "<table><tr><th></th><th>";
+            let _ = write!(text, "{head}{}</th><th>× runc</th></tr>", figure.unit);
+        }
         for row in &figure.rows {
             let cells = cells(row).map(|cell| format!("<td>{}</td>", escape(&cell)));
             let _ = write!(text, "<tr>{}</tr>", cells.concat());
         }
-        text.push_str("</table>");
+        if !figure.rows.is_empty() {
+            text.push_str("</table>");
+        }
         for line in &figure.missing {
             let _ = write!(
                 text,
@@ -117,6 +142,43 @@ fn html(host: &Host, figures: &[Figure]) -> anyhow::Result<String> {
     }
     text.push_str("</html>\n");
     Ok(text)
+}
+
+const SHORT: [&str; 4] = ["runc", "Bulkhead", "× runc", "noise"];
+const READING: &str = "Medians; × runc is the median of the ratios of one round, in which all subjects took turns. Noise is how far a second \
+    runc is from the first: a ratio that differs from 1 by no more says nothing. In pictures, bars are medians, lines reach from the first to the third \
+    quartile, dots are runs.";
+
+/// A line for each figure that has runc and Bulkhead.
+fn short(figures: &[Figure]) -> Vec<[String; 5]> {
+    let lines = figures.iter().filter_map(|figure| {
+        let row = |name: &str| figure.rows.iter().find(|row| row.name == name);
+        let runc = row(RUNC.name)?.spread?;
+        let ours = figure
+            .rows
+            .iter()
+            .find(|row| row.name.starts_with("bulkhead"))?;
+        let ratio = ours.to_runc?.median;
+        let again = row(RUNC_AGAIN.name).and_then(|row| row.to_runc);
+        let value = |spread: Spread| {
+            format!(
+                "{:.*} {}",
+                digits(spread.median),
+                spread.median,
+                figure.unit
+            )
+        };
+        Some([
+            figure.id.clone(),
+            value(runc),
+            value(ours.spread?),
+            format!("{ratio:.2}"),
+            again.map_or("not known".into(), |again| {
+                format!("{:.0} %", (again.median - 1.0).abs() * 100.0)
+            }),
+        ])
+    });
+    lines.collect()
 }
 
 fn better(figure: &Figure) -> &'static str {
@@ -137,11 +199,7 @@ fn cells(row: &Row) -> [String; 3] {
 }
 
 fn number(spread: Spread) -> String {
-    let digits = match spread.median {
-        small if small < 10.0 => 2,
-        middle if middle < 200.0 => 1,
-        _ => 0,
-    };
+    let digits = digits(spread.median);
     if spread.q1 == spread.q3 {
         return format!("{:.digits$}", spread.median);
     }
@@ -149,6 +207,15 @@ fn number(spread: Spread) -> String {
         "{:.digits$} ({:.digits$} to {:.digits$})",
         spread.median, spread.q1, spread.q3
     )
+}
+
+/// Decimals of a value, so that three figures or so are shown.
+fn digits(value: f64) -> usize {
+    match value {
+        small if small < 10.0 => 2,
+        middle if middle < 200.0 => 1,
+        _ => 0,
+    }
 }
 
 fn escape(text: &str) -> String {
@@ -171,6 +238,8 @@ mod tests {
         let page = html(&host, std::slice::from_ref(&figure)).unwrap();
         assert!(page.contains("a &lt;b&gt; c") && page.contains("crun: &lt;none&gt;"));
         assert!(page.contains("<svg"));
+        // Without Bulkhead there is nothing in short.
+        assert!(!page.contains("not known"));
         let table = markdown(&host, &[figure]);
         assert!(
             table.contains("| other | 10.0 (7.5 to 12.5) | 0.50 |"),

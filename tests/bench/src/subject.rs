@@ -1,8 +1,13 @@
 //! What is compared: runtimes behind one containerd.
 
+use std::{
+    fs::{self, Permissions},
+    os::unix::fs::PermissionsExt,
+};
+
 use bulkhead_harness::{
-    Engine, Image, Invocation, Run, Suite,
-    failure::{Outcome, skip},
+    Context, Engine, Image, Invocation, Run, Suite,
+    failure::{Outcome, skip, write},
 };
 
 /// A runtime.
@@ -34,6 +39,15 @@ const CRUN: Subject = Subject {
     needs: "crun",
     ..RUNC
 };
+/// Starts gVisor without a network stack of its own: the one of 2022 takes new network namespaces of today's kernels for the host's.
+const RUNSC_SCRIPT: &str = "/run/bulkhead-bench-runsc";
+/// gVisor, behind runc's shim: Debian has no shim of its own for it.
+const RUNSC: Subject = Subject {
+    name: "runsc (gVisor)",
+    flags: &["--runc-binary", RUNSC_SCRIPT],
+    needs: "runsc",
+    ..RUNC
+};
 const BULKHEAD_KVM: Subject = Subject {
     name: "bulkhead, kvm",
     runtime: "io.containerd.bulkhead.v1",
@@ -44,6 +58,27 @@ const BULKHEAD_EMULATED: Subject = Subject {
     name: "bulkhead, emulated",
     ..BULKHEAD_KVM
 };
+
+/// What subjects need of files; they go with the value.
+#[derive(Debug)]
+pub struct Scripts(());
+
+impl Scripts {
+    /// Makes them.
+    pub fn make() -> Outcome<Self> {
+        let script = "#!/bin/sh\nexec runsc --network=none --ignore-cgroups \"$@\"\n";
+        write(RUNSC_SCRIPT, script)?;
+        fs::set_permissions(RUNSC_SCRIPT, Permissions::from_mode(0o755))
+            .context(format_args!("make {RUNSC_SCRIPT} executable"))?;
+        Ok(Self(()))
+    }
+}
+
+impl Drop for Scripts {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(RUNSC_SCRIPT);
+    }
+}
 
 impl Subject {
     /// Bulkhead itself.
@@ -63,8 +98,8 @@ impl Subject {
     }
 
     /// runc twice, Bulkhead, and the other peers.
-    pub fn all(engine: Engine) -> [Self; 4] {
-        [RUNC, RUNC_AGAIN, Self::bulkhead(engine), CRUN]
+    pub fn all(engine: Engine) -> [Self; 5] {
+        [RUNC, RUNC_AGAIN, Self::bulkhead(engine), CRUN, RUNSC]
     }
 
     /// Whether the host has it.

@@ -17,6 +17,8 @@ pub struct Event {
     pub topic: String,
     /// Its fields.
     pub fields: Value,
+    /// When it was, since midnight.
+    pub time: Duration,
 }
 
 /// A running `ctr events`.
@@ -85,7 +87,15 @@ fn parse(line: &str) -> Option<Event> {
     Some(Event {
         topic: topic.to_owned(),
         fields: serde_json::from_str(json).ok()?,
+        time: time_of_day(line.split(' ').nth(1)?)?,
     })
+}
+
+/// `HH:MM:SS.fraction`
+fn time_of_day(text: &str) -> Option<Duration> {
+    let mut parts = text.split(':').map(|part| part.parse::<f64>().ok());
+    let [hours, minutes, seconds] = [parts.next()??, parts.next()??, parts.next()??];
+    Duration::try_from_secs_f64(hours * 3600.0 + minutes * 60.0 + seconds).ok()
 }
 
 #[cfg(test)]
@@ -98,5 +108,6 @@ mod tests {
         let event = parse(line).unwrap();
         assert_eq!(event.topic, "/tasks/exit");
         assert_eq!(event.fields["exit_status"], 3);
+        assert_eq!(event.time, Duration::from_millis(11_045_600));
     }
 }
