@@ -227,7 +227,8 @@ fn of_process(pid: u32) -> Option<(f64, f64)> {
     Some((field(10)? + field(12)?, field(20)?))
 }
 
-fn report(state: &Path) -> Outcome<Value> {
+/// The VMM's report of a pod with this state folder.
+pub fn report(state: &Path) -> Outcome<Value> {
     let socket = state.join("control.sock");
     let asked = UnixStream::connect(&socket).and_then(|mut stream| {
         stream.write_all(b"{\"op\":\"report\"}\n")?;

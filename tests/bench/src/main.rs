@@ -11,6 +11,7 @@ use clap::{Parser, ValueEnum};
 mod accounting;
 mod counts;
 mod figure;
+mod files;
 mod guest;
 mod host;
 mod kept;
@@ -21,9 +22,11 @@ mod report;
 mod start;
 mod stats;
 mod subject;
+mod vmm;
 mod workload;
 
 use figure::Figure;
+use guest::Product;
 
 #[derive(Parser)]
 #[command(version, about)]
@@ -37,6 +40,9 @@ struct Args {
     /// Folder with the images' tar files.
     #[arg(long)]
     images: PathBuf,
+    /// Archive with the clock of guests that are measured alone.
+    #[arg(long, default_value = "target/bench/clock.cpio")]
+    clock: PathBuf,
     /// Folder for results.json, results.md and report.html.
     #[arg(long, default_value = "target/bench")]
     out: PathBuf,
@@ -61,6 +67,15 @@ struct Args {
 enum EngineName {
     Kvm,
     Emulated,
+}
+
+impl Args {
+    fn product(&self) -> Product<'_> {
+        Product {
+            dist: &self.dist,
+            clock: &self.clock,
+        }
+    }
 }
 
 impl EngineName {
@@ -134,7 +149,7 @@ fn run(args: &Args) -> anyhow::Result<bool> {
     // The same guest whatever the engine, and the KVM test host has no emulator.
     let mut figures = match engine {
         Engine::Kvm => Vec::new(),
-        _ => guest::figures(&args.dist, &plan),
+        _ => guest::figures(args.product(), &plan),
     };
     if plan.needs_containerd() {
         figures.extend(behind_containerd(args, engine, scale, &plan)?);
@@ -177,9 +192,11 @@ fn behind_containerd(
     let _scripts = subject::Scripts::make()?;
     let suite = Suite::start(options)?;
     figures.extend(counts::figures(&suite, plan)?);
+    figures.extend(vmm::figures(&suite, args.product(), plan)?);
     figures.extend(start::figures(&suite, plan)?);
     figures.extend(memory::figures(&suite, plan)?);
     figures.extend(workload::figures(&suite, plan)?);
+    figures.extend(files::figures(&suite, plan)?);
     match network::figures(&suite, plan) {
         Ok(more) => figures.extend(more),
         Err(Failure::Skipped(lacks)) => {

@@ -47,6 +47,8 @@ pub enum Image {
     Files,
     /// Busybox and servers and clients of the network.
     Net,
+    /// Busybox and fio.
+    Fio,
     /// Busybox, bash and a Node.js application that listens at 8080.
     Node,
     /// Busybox that sleeps: holds a pod of CRI.
@@ -62,6 +64,7 @@ impl Image {
             Self::Layers => "layers",
             Self::Files => "files",
             Self::Net => "net",
+            Self::Fio => "fio",
             Self::Node => "node",
             Self::Pause => "pause",
         }

@@ -15,12 +15,11 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::mpsc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bulkhead_harness::{
-    Invocation,
-    command::Input,
+    Engine,
     failure::{Context, Outcome, read, write},
 };
 
@@ -28,8 +27,10 @@ use crate::{Plan, figure::Figure};
 
 /// What the kernel is told; the VMM's own.
 const COMMAND_LINE: &str = include_str!("../../../../vmm/src/arch/x86_64/cmdline.txt");
-/// Here it starts the clock; and it must be told how fast its counter runs, and that ticks come from the PIT.
-const COMMAND_LINE_HERE: &str = "rdinit=/clock tsc_early_khz=1000000 nolapic_timer";
+/// Starts the clock.
+const CLOCK: &str = "rdinit=/clock";
+/// In virtual time the kernel must be told how fast its counter runs, and that ticks come from the PIT.
+const VIRTUAL: &str = "tsc_early_khz=1000000 nolapic_timer";
 /// As the shim makes a machine.
 const MEMORY_MIB: u32 = 512;
 const NET_SLOTS: usize = 4;
@@ -37,12 +38,20 @@ const CID: u64 = 3;
 
 /// Lets `clock.c` note every system call.
 const ALL_CALLS: &str = "benchcalls=1";
-const CLOCK: &str = include_str!("clock.c");
 /// Its last line.
 const END: &str = "clock end";
 const EXECVE: u64 = 59;
 /// Time that a start may take on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
+
+/// What is started.
+#[derive(Clone, Copy, Debug)]
+pub struct Product<'a> {
+    /// Folder with kernel and initramfs.
+    pub dist: &'a Path,
+    /// An archive with `clock.c`, compiled.
+    pub clock: &'a Path,
+}
 
 /// A start, in nanoseconds since reset.
 #[derive(Debug, Default)]
@@ -94,7 +103,7 @@ impl Start {
 }
 
 /// `guest::*`; needs no containerd.
-pub fn figures(dist: &Path, plan: &Plan) -> Vec<Figure> {
+pub fn figures(product: Product<'_>, plan: &Plan) -> Vec<Figure> {
     const ROUNDS: u32 = 3;
     let mut time = Figure::new(
         "guest::virtual_time",
@@ -107,7 +116,7 @@ pub fn figures(dist: &Path, plan: &Plan) -> Vec<Figure> {
         "calls",
     );
     if plan.wants(&time.id) {
-        let starts: Outcome<Vec<Start>> = (0..ROUNDS).map(|_| start(dist, "")).collect();
+        let starts: Outcome<Vec<Start>> = (0..ROUNDS).map(|_| start(product, "")).collect();
         match starts {
             Ok(starts) => {
                 let ms =
@@ -120,7 +129,7 @@ pub fn figures(dist: &Path, plan: &Plan) -> Vec<Figure> {
         }
     }
     if plan.wants(&calls.id) {
-        match start(dist, ALL_CALLS) {
+        match start(product, ALL_CALLS) {
             Ok(start) => {
                 calls.add_part("agent", vec![start.calls.len() as f64]);
                 calls.notes.push(start.listing());
@@ -135,58 +144,60 @@ pub fn figures(dist: &Path, plan: &Plan) -> Vec<Figure> {
 }
 
 /// Starts the guest once, with more on its kernel's command line.
-pub fn start(dist: &Path, parameters: &str) -> Outcome<Start> {
-    let folder = Folder::new()?;
-    initramfs(dist, &folder.0)?;
-    let mut emulator = Emulator::start(dist, &folder.0, parameters)?;
-    let console = emulator.console();
-    let said = |console: &str| {
-        let log = read(folder.0.join("log")).unwrap_or_default();
-        format!("{console}{log}").trim().to_owned()
-    };
-    match console {
-        Ok(console) => Start::parse(&said(&console)),
-        Err(console) => Err(format!("the guest did not get ready: {}", said(&console)).into()),
-    }
+pub fn start(product: Product<'_>, parameters: &str) -> Outcome<Start> {
+    let parameters = format!("{CLOCK} {VIRTUAL} {parameters}");
+    let accelerator = [
+        "-accel",
+        "tcg,thread=single",
+        "-icount",
+        "shift=0,sleep=off",
+    ];
+    // With LA57 the emulator faults at boot.
+    run(product, &accelerator, "max,-la57", &parameters).and_then(|console| Start::parse(&console))
 }
 
-/// The product's initramfs and, in an archive behind it, the clock.
-fn initramfs(dist: &Path, folder: &Path) -> Outcome {
-    const FLAGS: &str =
-        "-O2 -static -nostdlib -ffreestanding -fno-stack-protector -fno-pie -no-pie -s";
-    write(folder.join("clock.c"), CLOCK)?;
-    let compiler = Invocation::new("gcc")
-        .args(FLAGS.split(' '))
-        .args(["-o", "clock", "clock.c"]);
-    compiler.folder(folder).output()?.ok()?;
-    let cpio = Invocation::new("cpio").args([
-        "--create",
-        "--format=newc",
-        "--owner=0:0",
-        "--reproducible",
-    ]);
-    let archive = cpio
-        .folder(folder)
-        .input(Input::Bytes(b"clock\n".into()))
-        .output()?
-        .ok()?;
-    let product = dist.join("initramfs.cpio");
-    let product = fs::read(&product).context(format_args!("read {}", product.display()))?;
-    write(
-        folder.join("initramfs.cpio"),
-        [product, archive.stdout].concat(),
-    )
+/// Milliseconds from the emulator's start until the agent serves, by this machine's clock.
+pub fn wall_ms(product: Product<'_>, engine: Engine) -> Outcome<f64> {
+    let (accelerator, cpu) = match engine {
+        Engine::Kvm => ("kvm", "host"),
+        _ => ("tcg,thread=multi", "max,-la57"),
+    };
+    let begin = Instant::now();
+    run(product, &["-accel", accelerator], cpu, CLOCK)?;
+    Ok(begin.elapsed().as_secs_f64() * 1e3)
+}
+
+/// What the guest says until the agent serves.
+fn run(product: Product<'_>, accelerator: &[&str], cpu: &str, parameters: &str) -> Outcome<String> {
+    let folder = Folder::new()?;
+    let bytes = |file: &Path| fs::read(file).context(format_args!("read {}", file.display()));
+    let initramfs = bytes(&product.dist.join("initramfs.cpio"))?;
+    // One archive behind the other is one to the kernel.
+    let initramfs = [initramfs, bytes(product.clock)?].concat();
+    write(folder.0.join("initramfs.cpio"), initramfs)?;
+    let mut emulator = Emulator::start(product.dist, &folder.0, accelerator, cpu, parameters)?;
+    let console = emulator.console();
+    console.map_err(|console| {
+        let log = read(folder.0.join("log")).unwrap_or_default();
+        format!("the guest did not get ready: {console}{log}").into()
+    })
 }
 
 /// QEMU; it is killed with the value.
 struct Emulator(Child);
 
 impl Emulator {
-    fn start(dist: &Path, folder: &Path, parameters: &str) -> Outcome<Self> {
+    fn start(
+        dist: &Path,
+        folder: &Path,
+        accelerator: &[&str],
+        cpu: &str,
+        parameters: &str,
+    ) -> Outcome<Self> {
         silent::listen(&folder.join("fs"), Vec::new())?;
         silent::listen(&folder.join("vsock"), CID.to_le_bytes().to_vec())?;
         let line = COMMAND_LINE.trim_ascii();
-        let line = format!("{line} {COMMAND_LINE_HERE} {parameters}");
+        let line = format!("{line} {parameters}");
         let log = fs::File::create(folder.join("log")).context("QEMU's log")?;
         let kernel = dist.join("vmlinux");
         let kernel =
@@ -199,14 +210,9 @@ impl Emulator {
                 "-machine",
                 "microvm,acpi=off,pit=on,pic=on,rtc=on,isa-serial=on,memory-backend=ram",
             ])
-            .args([
-                "-accel",
-                "tcg,thread=single",
-                "-icount",
-                "shift=0,sleep=off",
-            ])
-            // With LA57 the emulator faults at boot. Time of day and random numbers are the same in each run.
-            .args(["-cpu", "max,-la57", "-smp", "1", "-seed", "1"])
+            .args(accelerator)
+            // Time of day and random numbers are the same in each run.
+            .args(["-cpu", cpu, "-smp", "1", "-seed", "1"])
             .args(["-rtc", "base=2025-01-01T00:00:00,clock=vm"])
             .args(["-m", &format!("{MEMORY_MIB}M"), "-object", &memory])
             .args([
