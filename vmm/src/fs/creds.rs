@@ -8,34 +8,45 @@ use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::process::umask;
 use rustix::thread::{
-    CapabilitySet, CapabilitySets, capabilities, set_capabilities, set_no_new_privs,
-    set_thread_groups,
+    CapabilitySet, CapabilitySets, capabilities, clear_ambient_capability_set,
+    remove_capability_from_bounding_set, set_capabilities, set_no_new_privs, set_thread_groups,
 };
 
 use super::request::Caller;
 use super::sys;
 
-/// All that serving takes: the file-system capabilities, the change of file-system ids, mounts and `trusted.*`
-/// attributes (SYS_ADMIN), and the file capabilities that come with images (SETFCAP).
-const NEEDED: CapabilitySet = CapabilitySet::CHOWN
+/// All that serving takes: the file-system capabilities and the change of file-system ids. In a user namespace of the server's own they
+/// count for the files of its trees and for nothing else of the host.
+pub const SERVER: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)
     .union(CapabilitySet::DAC_READ_SEARCH)
     .union(CapabilitySet::FOWNER)
     .union(CapabilitySet::FSETID)
-    .union(CapabilitySet::MKNOD)
     .union(CapabilitySet::SETUID)
-    .union(CapabilitySet::SETGID)
-    .union(CapabilitySet::SETFCAP)
-    .union(CapabilitySet::SYS_ADMIN);
+    .union(CapabilitySet::SETGID);
 
-/// Gives up every other capability and all supplementary groups, for this thread and those it starts later. With root's
+/// What the steward needs in the host's user namespace: `trusted.*` and `security.*` attributes (SYS_ADMIN, and SETFCAP for file
+/// capabilities as images have them), mounts' attributes (SYS_ADMIN), files by their handles (DAC_READ_SEARCH).
+pub const STEWARD: CapabilitySet = CapabilitySet::SYS_ADMIN
+    .union(CapabilitySet::SETFCAP)
+    .union(CapabilitySet::DAC_READ_SEARCH);
+
+/// Gives up every capability but `kept` and all supplementary groups, for this thread and those it starts later. With root's
 /// groups a caller would be a member of theirs: set-group-id bits would stay that must go (CVE-2022-0358).
-pub fn drop_unneeded() -> Result<(), Errno> {
+pub fn drop_all_but(kept: CapabilitySet) -> Result<(), Errno> {
     set_no_new_privs(true)?;
     set_thread_groups(&[])?;
+    clear_ambient_capability_set()?;
+    for one in CapabilitySet::all().iter() {
+        // One that this kernel does not know is in no set.
+        match remove_capability_from_bounding_set(one) {
+            Ok(()) | Err(Errno::INVAL) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
     let mut sets = capabilities(None)?;
-    sets.effective &= NEEDED;
-    sets.permitted &= NEEDED;
+    sets.effective &= kept;
+    sets.permitted &= kept;
     sets.inheritable = CapabilitySet::empty();
     set_capabilities(None, sets)
 }
@@ -75,8 +86,7 @@ impl Identity {
         if caller.uid != 0 {
             // Leaving root took the file-system capabilities out of the effective set; return to it brings them back.
             let mut sets = capabilities(None)?;
-            sets.effective |=
-                self.full.effective & (CapabilitySet::DAC_OVERRIDE | CapabilitySet::MKNOD);
+            sets.effective |= self.full.effective & CapabilitySet::DAC_OVERRIDE;
             set_capabilities(None, sets)?;
         }
         let result = make();
@@ -130,7 +140,7 @@ mod tests {
         // Credentials belong to the thread.
         let groups = std::thread::spawn(|| {
             set_thread_groups(&[Gid::ROOT, Gid::from_raw(4242)]).unwrap();
-            drop_unneeded().unwrap();
+            drop_all_but(SERVER).unwrap();
             getgroups().unwrap()
         });
         assert_eq!(groups.join().unwrap(), []);

@@ -15,7 +15,7 @@ use rustix::fs::{FileType, Statx};
 use rustix::io::Errno;
 
 use super::abi::{self, ROOT_ID};
-use super::sys::{self, FileHandle};
+use super::steward::Kept;
 use super::trees::Tree;
 
 /// An inode the guest knows.
@@ -32,7 +32,7 @@ pub struct Inode {
 
 enum Held {
     Descriptor(OwnedFd),
-    Handle(Box<FileHandle>),
+    Handle(Kept),
 }
 
 impl Inode {
@@ -52,7 +52,7 @@ impl Node {
     fn open(inode: Arc<Inode>) -> Result<Self, Errno> {
         let opened = match &inode.held {
             Held::Descriptor(_) => None,
-            Held::Handle(handle) => Some(inode.tree.open_handle(handle)?),
+            Held::Handle(handle) => Some(handle.open()?),
         };
         Ok(Self { inode, opened })
     }
@@ -210,13 +210,9 @@ impl Inodes {
         let (held, opened) = if table.descriptors < self.limits.descriptors {
             table.descriptors = table.descriptors.saturating_add(1);
             (Held::Descriptor(fd), None)
-        } else if tree.opens_handles_of(key.mount) {
-            (
-                Held::Handle(Box::new(sys::file_handle(&fd).map_err(|_| Errno::NFILE)?)),
-                Some(fd),
-            )
         } else {
-            return Err(Errno::NFILE);
+            let kept = tree.keep(key.mount, &fd).map_err(|_| Errno::NFILE)?;
+            (Held::Handle(kept), Some(fd))
         };
         table.last_id = id;
         let inode = Arc::new(Inode {
@@ -279,6 +275,6 @@ impl Inodes {
 fn is_same(inode: &Inode, fd: &OwnedFd) -> bool {
     match &inode.held {
         Held::Descriptor(_) => true,
-        Held::Handle(handle) => sys::file_handle(fd).is_ok_and(|found| found == **handle),
+        Held::Handle(handle) => handle.is(fd),
     }
 }

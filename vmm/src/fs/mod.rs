@@ -20,8 +20,10 @@ mod create;
 mod creds;
 mod dir;
 mod file;
+mod filter;
 mod handles;
 mod inodes;
+mod jail;
 mod name;
 mod namespace;
 mod parse;
@@ -29,6 +31,7 @@ mod reply;
 mod request;
 mod run;
 mod server;
+mod steward;
 mod sys;
 #[cfg(test)]
 mod tests;

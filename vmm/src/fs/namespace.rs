@@ -2,15 +2,14 @@
 //!
 //! ```text
 //! /          tmpfs, 0700
-//! /trees     the same folder mounted once more, read-only: the root the guest sees
-//! /trees/ID  the mounts handed in
+//! /trees     a folder with the trees' names, mounted once more, read-only: the root the guest sees
 //! /fd        a bind mount of /proc/<pid>/fd and nothing else of proc: to open what is held as O_PATH
 //! ```
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{CWD, Mode, OFlags, mkdirat, open, openat};
+use rustix::fs::{CWD, Mode, OFlags, mkdirat, open};
 use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags,
@@ -42,8 +41,8 @@ fn at<E: Into<std::io::Error>>(step: &'static str) -> impl FnOnce(E) -> Error {
 pub struct Namespace {
     /// `/trees` as the guest sees it, read-only. O_PATH.
     pub root: OwnedFd,
-    /// The same folder where mount points can be made. O_PATH.
-    pub mount_points: OwnedFd,
+    /// The same folder where names can be made. O_PATH.
+    pub names: OwnedFd,
 }
 
 impl Namespace {
@@ -75,7 +74,7 @@ impl Namespace {
         chdir("/").map_err(at("entering the new root"))?;
         attach(&descriptors, CWD, "/fd").map_err(at("mounting /fd"))?;
 
-        let mount_points = open_folder("/trees").map_err(at("opening /trees"))?;
+        let names = open_folder("/trees").map_err(at("opening /trees"))?;
         let view = open_tree(
             CWD,
             "/trees",
@@ -86,7 +85,7 @@ impl Namespace {
             .map_err(at("making the guest's root read-only"))?;
         attach(&view, CWD, "/trees").map_err(at("mounting the guest's root"))?;
         let root = open_folder("/trees").map_err(at("opening the guest's root"))?;
-        Ok(Self { root, mount_points })
+        Ok(Self { root, names })
     }
 }
 
@@ -100,11 +99,7 @@ pub const CONFINED: u64 = libc::MOUNT_ATTR_NOSUID
 pub const READ_ONLY: u64 = libc::MOUNT_ATTR_RDONLY;
 
 /// Attaches the detached mount `mount`.
-pub fn attach<P: rustix::path::Arg>(
-    mount: impl AsFd,
-    dir: impl AsFd,
-    path: P,
-) -> Result<(), Errno> {
+fn attach<P: rustix::path::Arg>(mount: impl AsFd, dir: impl AsFd, path: P) -> Result<(), Errno> {
     move_mount(
         mount,
         c"",
@@ -124,7 +119,7 @@ fn open_folder(path: &str) -> Result<OwnedFd, Errno> {
 
 fn tmpfs() -> Result<OwnedFd, Errno> {
     let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    // It only ever holds mount points.
+    // It only ever holds names.
     fsconfig_set_string(
         context.as_fd(),
         "nr_inodes",
@@ -138,13 +133,4 @@ fn tmpfs() -> Result<OwnedFd, Errno> {
         FsMountFlags::FSMOUNT_CLOEXEC,
         MountAttrFlags::empty(),
     )
-}
-
-/// An empty folder or file below `dir`, as the place of a mount.
-pub fn make_mount_point(dir: impl AsFd, name: &str, folder: bool) -> Result<(), Errno> {
-    if folder {
-        return mkdirat(dir, name, Mode::empty());
-    }
-    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    openat(dir, name, flags, Mode::empty()).map(drop)
 }

@@ -9,11 +9,15 @@ use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
+#[cfg(test)]
+use super::creds;
+use super::filter::Thread;
 use super::inodes::Limits;
+use super::jail::{self, Role};
 use super::namespace::{self, Namespace};
 use super::server::{Budget, Server};
-use super::trees::Trees;
-use super::{control, creds, worker};
+use super::steward::{self, Steward};
+use super::{control, worker};
 use crate::limits;
 
 /// What the file server is started with.
@@ -38,6 +42,9 @@ pub enum Error {
     /// The namespace could not be made.
     #[error("making the file server's namespace")]
     Namespace(#[from] namespace::Error),
+    /// The process could not be confined.
+    #[error("confining the file server")]
+    Jail(#[from] jail::Error),
     /// A system call failed.
     #[error("{what}")]
     System {
@@ -55,46 +62,114 @@ fn system<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E) -> Erro
     }
 }
 
-/// Serves until every worker's socket has come to its end. Takes the calling thread into a namespace of its own,
-/// for good.
+/// Serves until every worker's socket has come to its end. Parts the calling process, which must have one thread, in two: this one
+/// stays as the steward (`steward`), its child is the server.
 pub fn run(config: Config) -> Result<(), Error> {
     let budget = budget().map_err(system("raising the limit of open files"))?;
-    run_within(config, budget)
+    let parts = Parts::new(&config)?;
+    match jail::split()? {
+        Role::Server(way) => {
+            drop(parts.steward);
+            let namespace = Namespace::enter(&config.state_dir)?;
+            way.enter()?;
+            serve(
+                config.workers,
+                parts.listener,
+                namespace,
+                parts.server,
+                budget,
+            )
+        }
+        Role::Steward(child) => {
+            drop((parts.server, parts.listener, config.workers));
+            let child = child.map_ids()?;
+            // For `ps`: the program's name is the server's.
+            let _ = rustix::thread::set_name(c"fs-steward");
+            drop(Namespace::enter(&config.state_dir)?);
+            jail::confine_steward()?;
+            steward::serve(parts.steward).map_err(system("waiting for the server"))?;
+            Ok(child.end()?)
+        }
+    }
 }
 
-/// [`run`] with a budget given.
-pub(super) fn run_within(config: Config, budget: Budget) -> Result<(), Error> {
-    let listener = listen(&config)?;
-    // Needs CAP_NET_ADMIN, which goes below.
-    for socket in &config.workers {
-        worker::prepare(socket).map_err(system("setting a worker's send buffer"))?;
+/// What is made before the process is parted, with all of root's rights.
+struct Parts {
+    listener: UnixListener,
+    server: Vec<OwnedFd>,
+    steward: Vec<OwnedFd>,
+}
+
+impl Parts {
+    fn new(config: &Config) -> Result<Self, Error> {
+        let listener = listen(config)?;
+        for socket in &config.workers {
+            // Needs CAP_NET_ADMIN.
+            worker::prepare(socket).map_err(system("setting a worker's send buffer"))?;
+        }
+        // One for each worker and one for the control socket.
+        let count = config.workers.len().saturating_add(1);
+        let (server, steward) =
+            steward::channels(count).map_err(system("making the steward's sockets"))?;
+        Ok(Self {
+            listener,
+            server,
+            steward,
+        })
     }
+}
+
+/// [`run`] in threads, in the caller's user namespace.
+#[cfg(test)]
+pub(super) fn run_within(config: Config, budget: Budget) -> Result<(), Error> {
+    let parts = Parts::new(&config)?;
+    let (channels, scratch) = (parts.steward, config.state_dir.clone());
+    std::thread::spawn(move || {
+        let _namespace = Namespace::enter(&scratch).unwrap();
+        jail::confine_steward_thread().unwrap();
+        steward::serve(channels).unwrap();
+    });
     let namespace = Namespace::enter(&config.state_dir)?;
-    creds::drop_unneeded().map_err(system("dropping capabilities"))?;
-    let root = namespace
-        .root
-        .try_clone()
-        .map_err(system("copying the root's descriptor"))?;
-    let server = Server::new(root, Trees::new(namespace), budget)
+    creds::drop_all_but(creds::SERVER).map_err(system("dropping capabilities"))?;
+    serve(
+        config.workers,
+        parts.listener,
+        namespace,
+        parts.server,
+        budget,
+    )
+}
+
+fn serve(
+    workers: Vec<OwnedFd>,
+    listener: UnixListener,
+    namespace: Namespace,
+    steward: Vec<OwnedFd>,
+    budget: Budget,
+) -> Result<(), Error> {
+    let server = Server::new(namespace, Steward::new(steward), budget)
         .map_err(system("looking at the guest's root"))?;
     let server = Arc::new(server);
     // Every worker holds the end to write to; that it has none left tells that they are gone.
     let (finished, alive) = pipe_with(PipeFlags::CLOEXEC).map_err(system("making a pipe"))?;
     let alive = Arc::new(alive);
-    let count = config.workers.len();
-    for (number, socket) in config.workers.into_iter().enumerate() {
+    let count = workers.len();
+    for (number, socket) in workers.into_iter().enumerate() {
         let (server, alive) = (Arc::clone(&server), Arc::clone(&alive));
         std::thread::Builder::new()
             .name(format!("fuse-{number}"))
             .spawn(move || {
-                if let Err(errno) = worker::serve(&server, &socket) {
-                    tracing::error!(worker = number, %errno, "worker ends");
+                if let Err(error) = worker::serve(&server, &socket) {
+                    tracing::error!(worker = number, %error, "worker ends");
                 }
                 drop(alive);
             })
             .map_err(system("starting a worker"))?;
     }
     drop(alive);
+    Thread::Control
+        .confine()
+        .map_err(system("filtering system calls"))?;
     tracing::info!(
         workers = count,
         descriptors = budget.inodes.descriptors,

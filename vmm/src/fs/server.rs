@@ -16,9 +16,11 @@ use super::abi::{self, MAJOR, MINOR, ROOT_ID, init};
 use super::creds::Identity;
 use super::handles::Handles;
 use super::inodes::{Inode, Inodes, Limits, Node};
+use super::namespace::Namespace;
 use super::parse::{header, operation};
 use super::reply::Reply;
 use super::request::{Header, Name, Operation};
+use super::steward::Steward;
 use super::trees::{Tree, Trees};
 use crate::limits;
 
@@ -34,6 +36,7 @@ pub struct Server {
     pub(super) inodes: Inodes,
     pub(super) handles: Handles,
     pub(super) trees: Trees,
+    pub(super) steward: Arc<Steward>,
     devices: RwLock<Vec<(u32, u32)>>,
     ready: AtomicBool,
     warnings: AtomicU32,
@@ -46,14 +49,17 @@ pub(super) struct Context<'a> {
 }
 
 impl Server {
-    /// A server of `trees`; `root` is the guest's root, O_PATH.
-    pub fn new(root: OwnedFd, trees: Trees, budget: Budget) -> Result<Self, Errno> {
+    /// A server without trees in a namespace that its threads are in.
+    pub fn new(namespace: Namespace, steward: Arc<Steward>, budget: Budget) -> Result<Self, Errno> {
+        let Namespace { root, names } = namespace;
+        let trees = Trees::new(names, Arc::clone(&steward));
         let stat = stat(&root)?;
         let inodes = Inodes::new(root, &stat, Arc::new(Tree::root()), budget.inodes);
         Ok(Self {
             inodes,
             handles: Handles::new(budget.handles),
             trees,
+            steward,
             devices: RwLock::default(),
             ready: AtomicBool::new(false),
             warnings: AtomicU32::new(0),
@@ -253,12 +259,11 @@ impl Server {
 
     /// Opens the entry `name` of `dir` as O_PATH and counts a lookup of it.
     pub(super) fn child(&self, dir: &Node, name: Name<'_>) -> Result<(Node, Statx), Errno> {
-        let tree = if dir.id == ROOT_ID {
+        if dir.id == ROOT_ID {
             let id = name.as_c_str().to_str().map_err(|_| Errno::NOENT)?;
-            self.trees.get(id).ok_or(Errno::NOENT)?
-        } else {
-            Arc::clone(&dir.tree)
-        };
+            let tree = self.trees.get(id).ok_or(Errno::NOENT)?;
+            return self.found(tree.open_root()?, &tree);
+        }
         let fd = openat2(
             dir,
             name.as_c_str(),
@@ -266,7 +271,7 @@ impl Server {
             Mode::empty(),
             ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS,
         )?;
-        self.found(fd, &tree)
+        self.found(fd, &dir.tree)
     }
 
     /// Counts a lookup of the inode behind `fd`.

@@ -56,6 +56,15 @@ pub fn unshare(flags: rustix::thread::UnshareFlags) -> io::Result<()> {
     unsafe { rustix::thread::unshare_unsafe(flags) }.map_err(Into::into)
 }
 
+/// Copies this process; 0 is the copy's answer.
+pub fn fork() -> io::Result<libc::pid_t> {
+    // SAFETY: the file server calls it while it has one thread, so that the copy finds every lock free.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error()),
+        pid => Ok(pid),
+    }
+}
+
 /// Takes over inherited sockets of packets, as [`inherited`] does.
 pub fn inherited_sockets(numbers: &[RawFd]) -> io::Result<Vec<OwnedFd>> {
     let descriptors = inherited(numbers)?;
@@ -104,8 +113,8 @@ pub struct FileHandle {
     handle: [u8; HANDLE_BYTES],
 }
 
-/// The file handle of what `fd` (O_PATH or not) is open on. Not every file system has them.
-pub fn file_handle(fd: impl AsFd) -> io::Result<FileHandle> {
+/// The file handle of what `fd` (O_PATH or not) is open on, and the id of its mount. Not every file system has them.
+pub fn file_handle(fd: impl AsFd) -> io::Result<(FileHandle, i32)> {
     let mut handle = FileHandle {
         bytes: HANDLE_BYTES as u32,
         kind: 0,
@@ -125,7 +134,7 @@ pub fn file_handle(fd: impl AsFd) -> io::Result<FileHandle> {
         )
     };
     if result == 0 {
-        Ok(handle)
+        Ok((handle, mount))
     } else {
         Err(io::Error::last_os_error())
     }

@@ -1,4 +1,5 @@
-//! The trees: mounts handed in by the shim, attached below the guest's root.
+//! The trees: detached mounts handed in by the shim, served as they are. Nothing is mounted for them; the guest's root is a folder with
+//! their names, and looking one up leads to the mount's root.
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -6,14 +7,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, fstat, openat, unlinkat};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, fstat, mkdirat, openat, unlinkat};
 use rustix::io::Errno;
-use rustix::mount::{UnmountFlags, unmount};
 
 use super::inodes::Inode;
-use super::namespace::{CONFINED, Namespace, READ_ONLY, attach, make_mount_point};
-use super::server::{fd_path, stat};
-use super::sys::{self, FileHandle};
+use super::server::fd_path;
+use super::steward::{Kept, Mount, Steward};
 use crate::limits;
 
 /// For how long a guest may believe what nobody but itself changes.
@@ -26,9 +25,10 @@ pub struct Tree {
     pub readonly: bool,
     /// The host or another view of the same files may change it.
     pub shared: bool,
-    root: Option<OwnedFd>,
-    /// The root once more, not O_PATH, and its mount's id: what opening a file handle takes.
-    mount: Option<(OwnedFd, u64)>,
+    /// The detached mount, O_PATH on its root; with the last copy of this descriptor the mount goes.
+    mount: Option<OwnedFd>,
+    /// The steward's, and the mount's id: of its files handles can be kept.
+    handles: Option<(Mount, u64)>,
     removed: AtomicBool,
 }
 
@@ -38,8 +38,8 @@ impl Tree {
         Self {
             readonly: true,
             shared: true,
-            root: None,
             mount: None,
+            handles: None,
             removed: AtomicBool::new(false),
         }
     }
@@ -59,21 +59,23 @@ impl Tree {
         Arc::ptr_eq(self, &inode.tree)
     }
 
-    /// Whether inodes of the mount `mount` can be held by file handles: only those of the tree's topmost mount.
-    pub fn opens_handles_of(&self, mount: u64) -> bool {
-        self.mount.as_ref().is_some_and(|(_, own)| *own == mount)
+    /// Keeps `file`, found in the mount `mount`, by a handle: only those of the tree's topmost mount.
+    pub fn keep(&self, mount: u64, file: impl AsFd) -> Result<Kept, Errno> {
+        let handles = self.handles.as_ref().filter(|(_, own)| *own == mount);
+        let (mount, _) = handles.ok_or(Errno::NFILE)?;
+        mount.keep(file.as_fd())
     }
 
-    /// Opens a file handle of the tree's topmost mount as O_PATH.
-    pub fn open_handle(&self, handle: &FileHandle) -> Result<OwnedFd, Errno> {
-        let (mount, _) = self.mount.as_ref().ok_or(Errno::STALE)?;
-        sys::open_file_handle(mount, handle)
-            .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
+    /// Another descriptor of the mount's root, which does not keep the mount. O_PATH.
+    pub fn open_root(&self) -> Result<OwnedFd, Errno> {
+        let mount = self.mount.as_ref().ok_or(Errno::NOENT)?;
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        openat(CWD, fd_path(mount), flags, Mode::empty())
     }
 
     /// The mount's root. O_PATH; none for the guest's root.
     pub fn mount_root(&self) -> Option<&OwnedFd> {
-        self.root.as_ref()
+        self.mount.as_ref()
     }
 }
 
@@ -106,18 +108,18 @@ fn mount_error<E: Into<std::io::Error>>(step: &'static str) -> impl FnOnce(E) ->
 
 /// All trees of the pod.
 pub struct Trees {
-    namespace_points: OwnedFd,
-    view: OwnedFd,
+    names: OwnedFd,
+    steward: Arc<Steward>,
     trees: RwLock<HashMap<String, Arc<Tree>>>,
     changes: Mutex<()>,
 }
 
 impl Trees {
-    /// No trees yet. `namespace` must be that of the calling thread and of all that call later.
-    pub fn new(namespace: Namespace) -> Self {
+    /// No trees yet; in the folder `names` there is an empty folder or file for each, so that the guest's root can be listed.
+    pub fn new(names: OwnedFd, steward: Arc<Steward>) -> Self {
         Self {
-            namespace_points: namespace.mount_points,
-            view: namespace.root,
+            names,
+            steward,
             trees: RwLock::default(),
             changes: Mutex::new(()),
         }
@@ -146,7 +148,7 @@ impl Trees {
         self.changes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Attaches the detached mount `mount` as the tree `id`.
+    /// Serves the detached mount `mount` as the tree `id`.
     pub fn add(&self, id: &str, mount: OwnedFd, readonly: bool, shared: bool) -> Result<(), Error> {
         check_id(id)?;
         let _one_at_a_time = self.change();
@@ -162,29 +164,15 @@ impl Trees {
             FileType::RegularFile => false,
             _ => return Err(Error::Kind),
         };
-        let attributes = if readonly {
-            CONFINED | READ_ONLY
-        } else {
-            CONFINED
-        };
-        sys::set_mount_attributes(&mount, attributes)
-            .map_err(mount_error("setting the mount's attributes"))?;
-        make_mount_point(&self.namespace_points, id, folder)
-            .map_err(mount_error("making the mount point"))?;
-        let attached = attach(&mount, &self.view, id).and_then(|()| open_root(&self.view, id));
-        let root = match attached {
-            Ok(root) => root,
-            Err(error) => {
-                self.take_away(id, folder);
-                return Err(mount_error("attaching it; is it a detached mount?")(error));
-            }
-        };
-        let mount = handle_mount(&root).ok();
+        let handles = self.steward.add_mount(mount.as_fd(), readonly);
+        let handles = handles.map_err(mount_error("confining it; is it a detached mount?"))?;
+        let root = super::server::stat(&mount).map_err(mount_error("looking at its root"))?;
+        make_name(&self.names, id, folder).map_err(mount_error("making its name"))?;
         let tree = Tree {
             readonly,
             shared,
-            root: Some(root),
-            mount,
+            handles: handles.map(|of_steward| (of_steward, root.stx_mnt_id)),
+            mount: Some(mount),
             removed: AtomicBool::new(false),
         };
         self.trees
@@ -194,7 +182,7 @@ impl Trees {
         Ok(())
     }
 
-    /// Detaches the tree `id` and calls `forget` with it, to let go of all descriptors into it.
+    /// Takes the tree `id` away and calls `forget` with it, to let go of all descriptors into it.
     pub fn remove(&self, id: &str, forget: impl FnOnce(&Arc<Tree>)) -> Result<(), Error> {
         check_id(id)?;
         let _one_at_a_time = self.change();
@@ -207,48 +195,33 @@ impl Trees {
         tree.removed.store(true, Ordering::Release);
         forget(&tree);
         let folder = tree
-            .root
+            .mount
             .as_ref()
-            .and_then(|root| fstat(root).ok())
+            .and_then(|mount| fstat(mount).ok())
             .is_some_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory);
         self.take_away(id, folder);
         Ok(())
     }
 
     fn take_away(&self, id: &str, folder: bool) {
-        let path = format!("/trees/{id}");
-        if let Err(error) = unmount(path.as_str(), UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
-            && error != Errno::INVAL
-        {
-            tracing::warn!(tree = id, %error, "unmounting");
-        }
         let flags = if folder {
             AtFlags::REMOVEDIR
         } else {
             AtFlags::empty()
         };
-        if let Err(error) = unlinkat(&self.namespace_points, id, flags) {
-            tracing::warn!(tree = id, %error, "removing the mount point");
+        if let Err(error) = unlinkat(&self.names, id, flags) {
+            tracing::warn!(tree = id, %error, "removing the tree's name");
         }
     }
 }
 
-fn open_root(view: impl AsFd, id: &str) -> Result<OwnedFd, Errno> {
-    openat(
-        view,
-        id,
-        OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
-        Mode::empty(),
-    )
-}
-
-fn handle_mount(root: &OwnedFd) -> Result<(OwnedFd, u64), Errno> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let folder = openat(CWD, fd_path(root), flags, Mode::empty())?;
-    let stat = stat(&folder)?;
-    // Not every file system has handles: told now rather than when descriptors run out.
-    sys::file_handle(&folder).map_err(|_| Errno::OPNOTSUPP)?;
-    Ok((folder, stat.stx_mnt_id))
+/// An empty folder or file below `dir`.
+fn make_name(dir: impl AsFd, name: &str, folder: bool) -> Result<(), Errno> {
+    if folder {
+        return mkdirat(dir, name, Mode::empty());
+    }
+    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    openat(dir, name, flags, Mode::empty()).map(drop)
 }
 
 fn check_id(id: &str) -> Result<(), Error> {

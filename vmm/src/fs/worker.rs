@@ -10,6 +10,7 @@ use rustix::thread::UnshareFlags;
 
 use super::abi::OUT_HEADER;
 use super::creds::Identity;
+use super::filter::Thread;
 use super::reply::Reply;
 use super::server::Server;
 use super::sys;
@@ -26,12 +27,12 @@ pub fn prepare(socket: impl AsFd) -> Result<(), Errno> {
         .or_else(|_| set_socket_send_buffer_size(&socket, size))
 }
 
-/// Serves `socket` until its other end is closed.
-pub fn serve(server: &Server, socket: &OwnedFd) -> Result<(), Errno> {
+/// Serves `socket` until its other end is closed; confines the calling thread for good.
+pub fn serve(server: &Server, socket: &OwnedFd) -> std::io::Result<()> {
     // The umask belongs to the fs_struct: this thread needs its own.
-    sys::unshare(UnshareFlags::FS)
-        .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+    sys::unshare(UnshareFlags::FS)?;
     let identity = Identity::of_this_thread()?;
+    Thread::Worker.confine()?;
     let mut request = vec![0; limits::FS_MESSAGE];
     let mut answer = vec![0; limits::FS_MESSAGE];
     loop {
@@ -39,7 +40,7 @@ pub fn serve(server: &Server, socket: &OwnedFd) -> Result<(), Errno> {
             Ok((_, 0)) | Err(Errno::CONNRESET) => return Ok(()),
             Ok((_, length)) => length,
             Err(Errno::INTR) => continue,
-            Err(errno) => return Err(errno),
+            Err(errno) => return Err(errno.into()),
         };
         let message = request.get(..length).unwrap_or(&request);
         let Some(reply) = server.handle(&identity, message, length, &mut answer) else {
@@ -59,7 +60,7 @@ pub fn serve(server: &Server, socket: &OwnedFd) -> Result<(), Errno> {
                     Reply::new(&mut short).finish(u64::from_ne_bytes(unique), Err(Errno::NOMEM)),
                 )?;
             }
-            Err(errno) => return Err(errno),
+            Err(errno) => return Err(errno.into()),
         }
     }
 }

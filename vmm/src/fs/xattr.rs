@@ -1,14 +1,16 @@
 //! Extended attributes. All name spaces pass: `trusted.overlay.*` makes an overlay's upper layer, and
-//! `security.capability` comes with images. On the host the mounts are nosuid.
+//! `security.capability` comes with images; both are the steward's to change. On the host the mounts are nosuid.
 
 use std::ffi::CStr;
+use std::os::fd::AsFd;
 
-use rustix::fs::{XattrFlags, getxattr, listxattr, removexattr, setxattr};
+use rustix::fs::{XattrFlags, getxattr, removexattr, setxattr};
 use rustix::io::Errno;
 
 use super::abi::SETXATTR_ACL_KILL_SGID;
 use super::reply::Reply;
 use super::server::{Context, Server, fd_path};
+use super::steward::needs_steward;
 use crate::limits;
 
 impl Server {
@@ -33,7 +35,10 @@ impl Server {
         if !known.contains(flags) {
             return Err(Errno::INVAL);
         }
-        let (_held, path) = self.xattr_path(context.header.node)?;
+        let (held, path) = self.xattr_path(context.header.node)?;
+        if needs_steward(name) {
+            return self.steward.set_xattr(held.as_fd(), name, value, flags);
+        }
         context
             .identity
             .without_fsetid(ext_flags & SETXATTR_ACL_KILL_SGID != 0, || {
@@ -48,8 +53,14 @@ impl Server {
         size: usize,
         reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
-        let (_held, path) = self.xattr_path(node)?;
-        sized(size, reply, |buffer| getxattr(&path, name, buffer))
+        let (held, path) = self.xattr_path(node)?;
+        sized(size, reply, |buffer| {
+            // Others can be read without the host's capabilities.
+            match name.to_bytes().starts_with(b"trusted.") {
+                true => self.steward.get_xattr(held.as_fd(), name, buffer),
+                false => getxattr(&path, name, buffer),
+            }
+        })
     }
 
     pub(super) fn list_xattr(
@@ -58,13 +69,18 @@ impl Server {
         size: usize,
         reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
-        let (_held, path) = self.xattr_path(node)?;
-        sized(size, reply, |buffer| listxattr(&path, buffer))
+        let held = self.inodes.get(node)?;
+        sized(size, reply, |buffer| {
+            self.steward.list_xattr(held.as_fd(), buffer)
+        })
     }
 
     pub(super) fn remove_xattr(&self, node: u64, name: &CStr) -> Result<(), Errno> {
-        let (_held, path) = self.xattr_path(node)?;
-        removexattr(path, name)
+        let (held, path) = self.xattr_path(node)?;
+        match needs_steward(name) {
+            true => self.steward.remove_xattr(held.as_fd(), name),
+            false => removexattr(path, name),
+        }
     }
 }
 

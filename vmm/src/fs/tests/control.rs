@@ -116,7 +116,7 @@ fn only_trees_the_host_may_change_are_not_cached() {
 }
 
 #[test]
-fn the_namespace_holds_the_trees_and_nothing_of_the_host() {
+fn nothing_of_the_host_is_mounted_in_the_namespace() {
     let Some(rig) = Rig::start() else { return };
     let mounts =
         std::fs::read_to_string(format!("/proc/self/task/{}/mountinfo", rig.thread)).unwrap();
@@ -131,26 +131,7 @@ fn the_namespace_holds_the_trees_and_nothing_of_the_host() {
         })
         .collect();
     points.sort_unstable();
-    assert_eq!(
-        points,
-        [
-            ("/", false),
-            ("/fd", false),
-            ("/trees", true),
-            ("/trees/ro", true),
-            ("/trees/rw", false)
-        ]
-    );
-    let trees: Vec<&str> = mounts
-        .lines()
-        .filter(|line| line.contains("/trees/"))
-        .collect();
-    assert!(
-        trees
-            .iter()
-            .all(|line| line.contains("nosuid,nodev,noexec")),
-        "{trees:?}"
-    );
+    assert_eq!(points, [("/", false), ("/fd", false), ("/trees", true),]);
 }
 
 #[test]
@@ -161,7 +142,7 @@ fn only_the_capabilities_of_serving_are_kept() {
         let line = status.lines().find(|line| line.starts_with(name)).unwrap();
         line.split_whitespace().nth(1).unwrap().to_owned()
     };
-    let kept = [0u32, 1, 2, 3, 4, 6, 7, 21, 27, 31]
+    let kept = [0u32, 1, 2, 3, 4, 6, 7]
         .iter()
         .fold(0u64, |set, bit| set | 1 << bit);
     assert_eq!(
@@ -169,6 +150,7 @@ fn only_the_capabilities_of_serving_are_kept() {
         0
     );
     assert_eq!(field("CapEff"), field("CapPrm"));
+    assert_eq!(u64::from_str_radix(&field("CapBnd"), 16).unwrap(), 0);
     assert_eq!(field("NoNewPrivs"), "1");
 }
 

@@ -5,3 +5,4 @@ mod control;
 mod messages;
 mod mount;
 mod rig;
+mod steward;
