@@ -17,7 +17,7 @@ const STYLE: &str = "body{font:15px/1.5 sans-serif;max-width:64em;margin:2em aut
     table{border-collapse:collapse;margin:.5em 0 1em}td,th{padding:.2em .8em;border-bottom:1px solid #ddd;text-align:right}\
     td:first-child,th:first-child,.host td{text-align:left}svg{max-width:100%;height:auto}h2{margin-top:2em}.missing{color:#a33}";
 
-/// Writes the three files and says where they are.
+/// Writes the three files.
 pub fn write(folder: &Path, host: &Host, figures: &[Figure]) -> anyhow::Result<()> {
     fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
     let results = json!({
@@ -29,6 +29,15 @@ pub fn write(folder: &Path, host: &Host, figures: &[Figure]) -> anyhow::Result<(
         ("results.md", markdown(host, figures)),
         ("report.html", html(host, figures)?),
     ];
+    for (name, text) in files {
+        let file = folder.join(name);
+        fs::write(&file, text).with_context(|| format!("write {}", file.display()))?;
+    }
+    Ok(())
+}
+
+/// Says what was measured and where the report is.
+pub fn tell(folder: &Path, figures: &[Figure]) {
     for figure in figures {
         for row in &figure.rows {
             let [name, value, ratio] = cells(row);
@@ -39,12 +48,7 @@ pub fn write(folder: &Path, host: &Host, figures: &[Figure]) -> anyhow::Result<(
             println!("{}: not measured: {line}", figure.id);
         }
     }
-    for (name, text) in files {
-        let file = folder.join(name);
-        fs::write(&file, text).with_context(|| format!("write {}", file.display()))?;
-        println!("{}", file.display());
-    }
-    Ok(())
+    println!("{}", folder.join("report.html").display());
 }
 
 fn markdown(host: &Host, figures: &[Figure]) -> String {
