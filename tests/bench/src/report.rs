@@ -56,12 +56,15 @@ fn markdown(host: &Host, figures: &[Figure]) -> String {
     for (name, value) in host {
         let _ = writeln!(text, "| {name} | {value} |");
     }
-    let _ = writeln!(
-        text,
-        "\n## In short\n\n| | {} |\n|---|---:|---:|---:|---:|",
-        SHORT.join(" | ")
-    );
-    for cells in short(figures) {
+    let lines = short(figures);
+    if !lines.is_empty() {
+        let head = SHORT.join(" | ");
+        let _ = writeln!(
+            text,
+            "\n## In short\n\n| | {head} |\n|---|---:|---:|---:|---:|"
+        );
+    }
+    for cells in lines {
         let _ = writeln!(text, "| {} |", cells.join(" | "));
     }
     let _ = writeln!(text, "\n{READING}");
@@ -97,17 +100,18 @@ fn html(host: &Host, figures: &[Figure]) -> anyhow::Result<String> {
     for (name, value) in host {
         let _ = write!(text, "<tr><td>{name}</td><td>{}</td></tr>", escape(value));
     }
-    text.push_str("</table><h2>In short</h2>");
-    let _ = write!(
-        text,
-        "<table><tr><th></th>{}</tr>",
-        SHORT.map(|head| format!("<th>{head}</th>")).concat()
-    );
-    for cells in short(figures) {
-        let cells = cells.map(|cell| format!("<td>{}</td>", escape(&cell)));
-        let _ = write!(text, "<tr>{}</tr>", cells.concat());
+    text.push_str("</table>");
+    let lines = short(figures);
+    if !lines.is_empty() {
+        let head = SHORT.map(|head| format!("<th>{head}</th>")).concat();
+        let _ = write!(text, "<h2>In short</h2><table><tr><th></th>{head}</tr>");
+        for cells in lines {
+            let cells = cells.map(|cell| format!("<td>{}</td>", escape(&cell)));
+            let _ = write!(text, "<tr>{}</tr>", cells.concat());
+        }
+        text.push_str("</table>");
     }
-    let _ = write!(text, "</table><p>{}</p>", escape(READING));
+    let _ = write!(text, "<p>{}</p>", escape(READING));
     for figure in figures {
         let _ = write!(
             text,
