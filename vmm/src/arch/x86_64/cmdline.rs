@@ -11,6 +11,10 @@ use super::layout;
 /// - `8250.nr_uarts=1`: the other three ports are not probed.
 /// - `random.trust_cpu=on`: do not wait for interrupts to seed the random pool.
 /// - `swiotlb=noforce`: no device needs bounce buffers; with memory above 4 GiB they would take 64 MiB.
+/// - `noreplace-smp`: lock prefixes stay. To take each of 9,000 out of a kernel that starts on one CPU, and to put it back
+///   when a second comes, costs more than they do.
+/// - `rcupdate.rcu_expedited=1`: whoever waits for readers (mounts, namespaces, cgroups: all that makes a container) asks
+///   the few CPUs at once, and does not wait for ticks.
 const BASE: &str = include_str!("cmdline.txt").trim_ascii();
 
 /// Tells the agent to offer a debugging shell: a parameter with a dot goes to nobody else.
