@@ -23,6 +23,7 @@ mod limits;
 mod network;
 mod operator;
 mod pods;
+mod posture;
 mod process;
 mod size;
 mod stdio;
@@ -138,6 +139,7 @@ fn all() -> Vec<Test> {
         bad_input::TESTS,
         crashes::TESTS,
         survival::TESTS,
+        posture::TESTS,
         task_api::TESTS,
         operator::TESTS,
     ]
