@@ -21,6 +21,9 @@ pub const BASE_MEMORY_END: u64 = 0xa_0000;
 /// First byte above the legacy hole, where kernels may begin.
 pub const HIGH_MEMORY: u64 = 0x10_0000;
 
+/// Where kernels are linked to stand (CONFIG_PHYSICAL_START); ours fills it.
+pub const KERNEL: std::ops::Range<u64> = 0x100_0000..0x200_0000;
+
 /// Memory ends here and goes on at [`HOLE_END`].
 pub const HOLE_START: u64 = 0xc000_0000;
 /// End of the hole for MMIO, APICs and KVM's own pages.
@@ -50,6 +53,9 @@ pub const VIRTIO_IRQS: std::ops::RangeInclusive<u32> = 9..=23;
 /// Memory is added to a running machine in blocks of this size, at multiples of it: Linux' smallest memory block.
 pub const MEMORY_BLOCK: u64 = 128 << 20;
 
+/// A huge page.
+pub const HUGE_PAGE: u64 = 2 << 20;
+
 /// A range of guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryRange {
@@ -71,6 +77,20 @@ impl MemoryRange {
 /// Guest memory at boot: below the hole, and the rest above it.
 pub fn memory_ranges(bytes: u64) -> Vec<MemoryRange> {
     ranges(0, bytes)
+}
+
+/// What a starting kernel fills, of memory that has `bytes` at boot: its own place; and at the end of low memory the initramfs
+/// (8 MiB are enough) with, below it, the kernel's books of pages, 64 bytes for each of 4 KiB, unless they stand above the hole.
+pub fn filled_ranges(bytes: u64) -> [MemoryRange; 2] {
+    let low_end = bytes.min(HOLE_START);
+    let books = if bytes > HOLE_START { 0 } else { bytes / 64 };
+    let filled = books.saturating_add(8 << 20);
+    let top = low_end.saturating_sub(filled).max(KERNEL.end) & !(HUGE_PAGE - 1);
+    [KERNEL.start..KERNEL.end, top..low_end].map(|range| MemoryRange {
+        address: range.start,
+        len: range.end.min(low_end).saturating_sub(range.start),
+        offset: range.start,
+    })
 }
 
 /// Memory that was added later, after `boot` bytes of the beginning: it starts with the next whole block.
@@ -197,5 +217,15 @@ mod tests {
             }
         }
         assert_eq!(plain(all_ranges(512 * MIB, GIB)), [(0, 512 * MIB + GIB)]);
+    }
+
+    #[test]
+    fn filled_ranges_are_whole_huge_pages_apart_and_within_memory() {
+        for bytes in [96 * MIB, 512 * MIB, 601 * MIB, 3 * GIB, 5 * GIB] {
+            let [kernel, top] = filled_ranges(bytes);
+            assert!(kernel.end() <= top.address && top.end() <= bytes.min(HOLE_START));
+            assert!(top.len >= 8 * MIB && top.len <= 80 * MIB, "{top:?}");
+            assert_eq!((kernel.address | top.address) % HUGE_PAGE, 0);
+        }
     }
 }
