@@ -12,7 +12,7 @@ use crate::figure::Figure;
 #[derive(Clone, Copy, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Kept {
-    /// The median when it was kept.
+    /// The least of the runs when it was kept.
     value: f64,
     /// What it may grow by, as a part of the value.
     noise: f64,
@@ -35,7 +35,7 @@ pub fn compare(file: &Path, engine: &str, figures: &[Figure]) -> anyhow::Result<
     let mut tally = Tally::default();
     let kept = load(file)?.remove(engine).unwrap_or_default();
     for (name, kept) in kept {
-        let (line, count) = match medians(figures).find(|(found, _)| *found == name) {
+        let (line, count) = match least(figures).find(|(found, _)| *found == name) {
             None => (not_measured(&name, figures), &mut tally.failed),
             Some((_, now)) if now > kept.value * (1.0 + kept.noise) => {
                 let line = format!(
@@ -59,7 +59,7 @@ pub fn compare(file: &Path, engine: &str, figures: &[Figure]) -> anyhow::Result<
 /// Writes what was measured in place of what is kept; which figures are kept, and their noise, stays.
 pub fn keep(file: &Path, engine: &str, figures: &[Figure]) -> anyhow::Result<()> {
     let mut all = load(file)?;
-    for (name, now) in medians(figures) {
+    for (name, now) in least(figures) {
         let kept = all.get_mut(engine).and_then(|all| all.get_mut(&name));
         if let Some(kept) = kept {
             println!("{name}: {:.3} becomes {now:.3}", kept.value);
@@ -76,10 +76,13 @@ fn load(file: &Path) -> anyhow::Result<All> {
     serde_json::from_str(&text).with_context(|| format!("parse {}", file.display()))
 }
 
-fn medians(figures: &[Figure]) -> impl Iterator<Item = (String, f64)> {
+/// The least of each row's runs: a busy host only ever adds (retries, wake-ups).
+fn least(figures: &[Figure]) -> impl Iterator<Item = (String, f64)> {
     figures.iter().flat_map(|figure| {
-        let rows = figure.rows.iter();
-        rows.filter_map(|row| Some((format!("{}: {}", figure.id, row.name), row.spread?.median)))
+        figure.rows.iter().filter_map(|row| {
+            let least = row.samples.iter().copied().reduce(f64::min)?;
+            Some((format!("{}: {}", figure.id, row.name), least))
+        })
     })
 }
 

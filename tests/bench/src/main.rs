@@ -49,9 +49,9 @@ struct Args {
     /// Rounds of the cheapest figures; the others take a part of them.
     #[arg(long)]
     rounds: Option<u32>,
-    /// Figures whose id contains this.
-    #[arg(long, default_value = "")]
-    filter: String,
+    /// Figures whose id contains this; several times for any of several.
+    #[arg(long)]
+    filter: Vec<String>,
     /// The most idle pods side by side, beside 1 and 10 (50 want 4 GiB).
     #[arg(long, default_value = "0")]
     pods: u32,
@@ -95,19 +95,21 @@ pub struct Plan {
     pub bursts: &'static [u32],
     /// The most idle pods side by side, or 0.
     pub most_pods: u32,
-    filter: String,
+    filter: Vec<String>,
     short: bool,
 }
 
 impl Plan {
     /// Whether a figure was asked for.
     pub fn wants(&self, id: &str) -> bool {
-        id.contains(&self.filter) && (!self.short || Self::is_steady(id))
+        let asked = self.filter.iter().any(|part| id.contains(part));
+        (asked || self.filter.is_empty()) && (!self.short || Self::is_steady(id))
     }
 
     /// Whether anything but the guest alone was asked for.
     fn needs_containerd(&self) -> bool {
-        !self.filter.starts_with("guest::")
+        let alone = self.filter.iter().all(|part| part.starts_with("guest::"));
+        self.filter.is_empty() || !alone
     }
 
     /// Whether a figure is the same on a busy host.

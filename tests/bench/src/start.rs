@@ -215,6 +215,7 @@ fn burst(suite: &Suite, subject: Subject, at_once: u32) -> Outcome<[f64; 1]> {
             subject
                 .run(suite, Image::Busybox)
                 .args(&["echo", SAYS])
+                .seconds(60 * at_once)
                 .spawn()
         })
         .collect::<Outcome<_>>()?;
