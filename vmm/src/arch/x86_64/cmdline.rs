@@ -15,6 +15,7 @@ use super::layout;
 ///   when a second comes, costs more than they do.
 /// - `rcupdate.rcu_expedited=1`: whoever waits for readers (mounts, namespaces, cgroups: all that makes a container) asks
 ///   the few CPUs at once, and does not wait for ticks.
+/// - `initcall_blacklist=slab_late_init`: without `/sys/kernel/slab`, which nobody in a pod reads: 4 ms and half a megabyte.
 const BASE: &str = include_str!("cmdline.txt").trim_ascii();
 
 /// Tells the agent to offer a debugging shell: a parameter with a dot goes to nobody else.
