@@ -285,12 +285,15 @@ impl Muxer {
     }
 
     fn remove(&mut self, token: u64) {
-        if self
-            .connections
-            .remove(&token)
-            .is_some_and(|gone| gone.from_guest)
-        {
+        let Some(gone) = self.connections.remove(&token) else {
+            return;
+        };
+        if gone.from_guest {
             self.from_guest = self.from_guest.saturating_sub(1);
+        }
+        // A guest that takes no packets and makes connections for ever would fill it.
+        if gone.queued {
+            self.ready.retain(|waiting| *waiting != token);
         }
     }
 
@@ -444,4 +447,39 @@ fn connect_unix(path: &Path, port: u32) -> io::Result<UnixStream> {
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
     connect(&socket, &SocketAddrUnix::new(&path)?)?;
     Ok(socket.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::packet::SHUTDOWN_BOTH;
+    use super::*;
+
+    #[test]
+    fn connections_that_end_before_the_guest_takes_a_packet_leave_nothing_waiting() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vsock.sock");
+        let _listener = UnixListener::bind(folder.path().join("vsock.sock_7")).unwrap();
+        let mut muxer = Muxer::new(3, &path, Box::new(|| ())).unwrap();
+        for guest in 0..100 {
+            let ports = Ports { guest, host: 7 };
+            for operation in [Operation::Request, Operation::Reset] {
+                let header = Packet::new(ports, operation).as_sent_by_guest(3);
+                muxer.take_packet(&header, |_| Some(&b""[..]));
+            }
+        }
+        assert_eq!((muxer.connections.len(), muxer.ready.len()), (0, 0));
+        // Those that live still have their turn.
+        let ports = Ports { guest: 1, host: 7 };
+        for operation in [Operation::Request, Operation::Shutdown] {
+            let packet = Packet {
+                flags: SHUTDOWN_BOTH,
+                ..Packet::new(ports, operation)
+            };
+            muxer.take_packet(&packet.as_sent_by_guest(3), |_| Some(&b""[..]));
+        }
+        let reset = muxer.next_packet(&mut Vec::new()).unwrap();
+        let reset = Packet::seen_by_guest(&reset.header, 3);
+        assert_eq!((reset.ports, reset.operation), (ports, Operation::Reset));
+        assert!(!muxer.has_packets());
+    }
 }

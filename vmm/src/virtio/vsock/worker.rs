@@ -152,19 +152,17 @@ impl Worker {
                 }
                 break;
             };
-            let Some(mut room) = RxRoom::new(&chain) else {
-                self.rx.push(chain, 0)?;
-                done += 1;
-                continue;
-            };
-            let Some(packet) = self.muxer.next_packet(&mut room) else {
-                self.rx.unpop(chain);
-                break;
-            };
-            let written = match room.write_header(&packet.header) {
-                Ok(()) => HEADER_LEN as u32 + packet.len,
-                Err(_) => 0,
-            };
+            let mut written = 0;
+            // A chain without room for a header is given back as it is.
+            if let Some(mut room) = RxRoom::new(&chain) {
+                let Some(packet) = self.muxer.next_packet(&mut room) else {
+                    self.rx.unpop(chain);
+                    break;
+                };
+                if room.write_header(&packet.header).is_ok() {
+                    written = HEADER_LEN as u32 + packet.len;
+                }
+            }
             self.rx.push(chain, written)?;
             done += 1;
             if done == BATCH {
