@@ -26,6 +26,8 @@ use crate::sandbox::{Pod, deadline};
 
 /// Exit status of a process that was killed, or whose machine ended: 128 + SIGKILL.
 pub const KILLED: u32 = 137;
+/// How long a container may live after SIGKILL.
+const SURVIVAL: Duration = Duration::from_secs(30);
 /// Exit status of a process that was never started.
 const NOT_STARTED: u32 = 255;
 
@@ -202,6 +204,9 @@ impl Shared {
         request.all = req.all;
         let agent = container.pod.agent()?;
         container.set_signalled();
+        if req.exec_id.is_empty() && req.signal == libc::SIGKILL.unsigned_abs() {
+            must_end(&container, &process);
+        }
         let result = agent.signal(deadline(CALL), &request).await;
         answer(&container.pod, result).await?;
         if process.phase() == Phase::Created {
@@ -228,7 +233,7 @@ impl Shared {
         if exec_id.is_empty() {
             self.end_execs(&container).await;
         }
-        delete_in_guest(&container, exec_id).await?;
+        delete_in_guest(&container, exec_id).await;
         let exit = process.exit().unwrap_or_else(|| killed(KILLED));
         let pid = container.made.host_pid;
         if exec_id.is_empty() {
@@ -346,6 +351,21 @@ fn with_machine(pod: &Pod, exec_id: &str) -> Exit {
     }
 }
 
+/// SIGKILL ends a container, whatever its guest says: one that is not heard to have ended takes the machine with it.
+fn must_end(container: &Arc<Container>, process: &Arc<Process>) {
+    let (container, process) = (container.clone(), process.clone());
+    tokio::spawn(async move {
+        if timeout(SURVIVAL, process.wait()).await.is_err() {
+            tracing::error!(
+                container = container.id,
+                "SIGKILL did not end it within {} s: the machine is killed",
+                SURVIVAL.as_secs()
+            );
+            container.pod.kill();
+        }
+    });
+}
+
 /// Kills every process of a container in the guest and waits for the end of its init; false if the guest does not know it.
 pub async fn kill_in_guest(agent: &AgentClient, container: &str, patience: Duration) -> bool {
     let mut request = agent::SignalRequest::new();
@@ -359,17 +379,16 @@ pub async fn kill_in_guest(agent: &AgentClient, container: &str, patience: Durat
     signalled
 }
 
-async fn delete_in_guest(container: &Container, exec_id: &str) -> Result<(), Error> {
+/// What the guest does not free is its own loss: no guest keeps the host from removing a container that has ended.
+async fn delete_in_guest(container: &Container, exec_id: &str) {
     let Ok(agent) = container.pod.agent() else {
-        return Ok(()); // Gone with the machine.
+        return; // Gone with the machine.
     };
     let request = container.request(exec_id);
     let result = agent.delete(deadline(CALL), &request).await;
-    match answer(&container.pod, result).await {
-        Err(Error::Agent(ttrpc::Error::RpcStatus(s))) if s.code() != ttrpc::Code::NOT_FOUND => {
-            Err(Error::Agent(ttrpc::Error::RpcStatus(s)))
-        }
-        _ => Ok(()),
+    if let Err(Error::Agent(error)) = answer(&container.pod, result).await {
+        let error = Error::Agent(error);
+        tracing::warn!(container = container.name(exec_id), %error, "the guest does not delete it");
     }
 }
 
