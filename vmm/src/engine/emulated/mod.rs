@@ -117,13 +117,14 @@ impl Emulator {
                     .join(format!("net{}.sock", frontends.len()));
                 let listener = UnixListener::bind(&path).map_err(io_error(socket_error))?;
                 frontends.push(Frontend::new(&*device, Socket::Listening(path))?);
-                vhost_user::serve_listener(device, listener).map_err(io_error(thread_error))?;
+                vhost_user::serve_listener(device, listener, end.clone())
+                    .map_err(io_error(thread_error))?;
                 continue;
             }
             let (ours, theirs) = UnixStream::pair().map_err(io_error(socket_error))?;
             let inherited = Socket::Inherited(theirs.as_raw_fd());
             frontends.push(Frontend::new(&*device, inherited)?);
-            vhost_user::serve(device, ours).map_err(io_error(thread_error))?;
+            vhost_user::serve(device, ours, end.clone()).map_err(io_error(thread_error))?;
             sockets.push(theirs);
         }
         command.args(arguments::arguments(

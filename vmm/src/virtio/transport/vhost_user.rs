@@ -26,6 +26,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::machine::end::{End, EndReason, EndSender};
 use crate::virtio::queue::VirtQueue;
 use crate::virtio::{
     Activation, COMMON_FEATURES, F_EVENT_IDX, F_VERSION_1, Interrupt, SharedMemory, VirtioDevice,
@@ -43,18 +44,24 @@ const ENABLED: [u8; 20] = [18, 0, 0, 0, 5, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 0, 0
 /// VIRTQUEUE_MAX_SIZE of the emulator.
 const LARGEST_RING: u16 = 1024;
 
-/// Serves `device` on `socket` from a thread of its own, which ends once the emulator hangs up.
-pub fn serve(device: Box<dyn VirtioDevice>, socket: UnixStream) -> io::Result<JoinHandle<()>> {
-    thread(&*device).spawn(move || run(device, socket))
+/// Serves `device` on `socket` from a thread of its own, which ends once the emulator hangs up. The machine cannot do
+/// without a device: if it cannot be served any more, `end` hears of it.
+pub fn serve(
+    device: Box<dyn VirtioDevice>,
+    socket: UnixStream,
+    end: EndSender,
+) -> io::Result<JoinHandle<()>> {
+    thread(&*device).spawn(move || run(device, socket, &end))
 }
 
 /// The same for the first who connects.
 pub fn serve_listener(
     device: Box<dyn VirtioDevice>,
     listener: UnixListener,
+    end: EndSender,
 ) -> io::Result<JoinHandle<()>> {
     thread(&*device).spawn(move || match listener.accept() {
-        Ok((socket, _)) => run(device, socket),
+        Ok((socket, _)) => run(device, socket, &end),
         Err(error) => tracing::warn!(device = device.name(), %error, "no vhost-user connection"),
     })
 }
@@ -63,7 +70,7 @@ fn thread(device: &dyn VirtioDevice) -> std::thread::Builder {
     std::thread::Builder::new().name(format!("vhost-{}", device.name()))
 }
 
-fn run(device: Box<dyn VirtioDevice>, socket: UnixStream) {
+fn run(device: Box<dyn VirtioDevice>, socket: UnixStream, end: &EndSender) {
     let name = device.name();
     let answers = match socket.try_clone() {
         Ok(socket) => socket,
@@ -89,7 +96,8 @@ fn run(device: Box<dyn VirtioDevice>, socket: UnixStream) {
                 }
             }
             Err(error) => {
-                tracing::warn!(device = name, %error, "vhost-user connection ended");
+                let detail = format!("the {name} device cannot go on: {error}");
+                end.send(End::new(EndReason::EngineFailed, detail));
                 break;
             }
         }

@@ -12,6 +12,7 @@ use vm_memory::FileOffset;
 use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
 use super::*;
+use crate::machine::end::end_channel;
 use crate::virtio::ActivateError;
 use crate::virtio::testing::{CountingInterrupt, DriverQueue, MEMORY_SIZE};
 
@@ -55,6 +56,7 @@ struct Bench {
     call: EventFd,
     kick: EventFd,
     seen: Receiver<Seen>,
+    ended: Receiver<End>,
 }
 
 impl Bench {
@@ -62,7 +64,8 @@ impl Bench {
     fn new() -> Self {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let (sender, seen) = channel();
-        serve(Box::new(Recorder(sender)), ours).unwrap();
+        let (end, ended) = end_channel();
+        serve(Box::new(Recorder(sender)), ours, end).unwrap();
         let mut frontend = Frontend::from_stream(theirs, 2);
         frontend.set_owner().unwrap();
         let features = frontend.get_features().unwrap();
@@ -81,6 +84,7 @@ impl Bench {
             call,
             kick,
             seen,
+            ended,
         }
     }
 
@@ -157,6 +161,9 @@ fn rings_outside_memory_and_bad_sizes_are_refused() {
     bench.share_memory();
     bench.set_ring(0, MEMORY_SIZE as u64 - 0x9000).unwrap();
     assert!(bench.frontend.set_vring_enable(0, true).is_err());
+    // The machine has lost the device.
+    let end = bench.ended.recv_timeout(Duration::from_secs(10)).unwrap();
+    assert_eq!(end.reason, EndReason::EngineFailed);
     for size in [0, 3, 2048] {
         let bench = Bench::new();
         assert!(bench.frontend.set_vring_num(0, size).is_err());
@@ -186,4 +193,5 @@ fn a_device_stops_when_the_emulator_hangs_up() {
         bench.seen.recv_timeout(Duration::from_secs(10)),
         Ok(Seen::Reset)
     ));
+    assert!(bench.ended.recv().is_err(), "hanging up is no failure");
 }
