@@ -39,5 +39,7 @@ mod trees;
 mod worker;
 mod xattr;
 
+#[cfg(fuzzing)]
+pub use run::run_in_threads;
 pub use run::{Config, Error, run};
 pub use sys::{inherited, inherited_sockets};

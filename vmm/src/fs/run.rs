@@ -9,7 +9,7 @@ use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 use super::creds;
 use super::filter::Thread;
 use super::inodes::Limits;
@@ -119,8 +119,15 @@ impl Parts {
     }
 }
 
+/// [`run`] in threads, as a fuzzer needs it.
+#[cfg(fuzzing)]
+pub fn run_in_threads(config: Config) -> Result<(), Error> {
+    let budget = budget().map_err(system("raising the limit of open files"))?;
+    run_within(config, budget)
+}
+
 /// [`run`] in threads, in the caller's user namespace.
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 pub(super) fn run_within(config: Config, budget: Budget) -> Result<(), Error> {
     let parts = Parts::new(&config)?;
     let (channels, scratch) = (parts.steward, config.state_dir.clone());
