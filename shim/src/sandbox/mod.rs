@@ -15,6 +15,7 @@ mod error;
 mod failure;
 mod files;
 pub mod growth;
+mod launch;
 pub mod machine;
 pub mod network;
 pub mod postmortem;
@@ -469,13 +470,13 @@ fn child(
     };
     args.splice(0..0, ["--state-dir".to_owned(), dir.display().to_string()]);
     let log = dir.join(format!("{name}.log"));
-    let child = spawn::spawn(program, &args, keep, place, &log).map_err(spawn_error)?;
+    let spawned = spawn::spawn(program, &args, keep, place, &log);
+    let (child, pid) = spawned.map_err(spawn_error)?;
     // Not reaped yet, so the pid is the child's even if it has ended.
-    let id = child.id().and_then(|pid| ProcessId::of(pid as i32));
-    let id = id.ok_or_else(|| spawn_error(io::ErrorKind::NotFound.into()))?;
+    let id = ProcessId::of(pid).ok_or_else(|| spawn_error(io::ErrorKind::NotFound.into()))?;
     let file = dir.join(format!("{name}.pid"));
     id.save(&file).map_err(state_error(&file))?;
-    Ok((child.into(), id))
+    Ok((child, id))
 }
 
 /// Watches both processes to the end of the pod, then removes what is left of it.

@@ -2,27 +2,27 @@
 //! stderr into a log file. The shim's only code between fork and exec.
 
 use std::{
-    fs::OpenOptions,
+    fs::{File, OpenOptions},
     io,
     os::{
-        fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd},
-        unix::fs::OpenOptionsExt,
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::{fs::OpenOptionsExt, process::ExitStatusExt},
     },
     path::Path,
-    process::{ExitStatus, Stdio},
+    process::ExitStatus,
 };
 
 use rustix::{
     net::{AddressFamily, SocketFlags, SocketType, socketpair, sockopt},
-    process::{Pid, PidfdFlags, pidfd_open},
-    thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space},
+    process::{Pid, PidfdFlags, WaitId, WaitIdOptions, WaitIdStatus, pidfd_open, waitid},
 };
-use tokio::{
-    io::{Interest, unix::AsyncFd},
-    process::{Child, Command},
-};
+use tokio::io::{Interest, unix::AsyncFd};
 
 use super::state::ProcessId;
+use super::{
+    cgroup::Membership,
+    launch::{Launch, launch},
+};
 use crate::watch::watch;
 
 /// Workers of the file server.
@@ -53,13 +53,8 @@ pub fn fs_channels() -> io::Result<(Vec<OwnedFd>, Vec<OwnedFd>)> {
     Ok((vmm, fs))
 }
 
-/// A process of the pod: started by us, or by a shim before.
-pub enum Helper {
-    /// A child.
-    Child(Child),
-    /// Somebody else's child, by its pidfd.
-    Adopted(AsyncFd<OwnedFd>),
-}
+/// A process of the pod, by its pidfd: started by us, or by a shim before.
+pub struct Helper(AsyncFd<OwnedFd>);
 
 impl Helper {
     /// The process of `id`, if it is still there. In the runtime of the caller.
@@ -71,26 +66,28 @@ impl Helper {
         if !id.is_alive() {
             return Err(gone());
         }
-        let fd = watch(fd, Interest::READABLE)?;
-        Ok(Self::Adopted(fd))
+        Ok(Self(watch(fd, Interest::READABLE)?))
     }
 
     /// Waits for its end; how it ended is known of children only.
     pub async fn wait(&mut self) -> io::Result<ExitStatus> {
-        match self {
-            Self::Child(child) => child.wait().await,
-            Self::Adopted(fd) => {
-                fd.readable().await?.retain_ready();
-                Err(io::Error::other("an earlier shim's child"))
-            }
+        self.0.readable().await?.retain_ready();
+        let status = waitid(
+            WaitId::PidFd(self.0.get_ref().as_fd()),
+            WaitIdOptions::EXITED,
+        );
+        match status {
+            Ok(Some(status)) => Ok(exit_status(&status)),
+            _ => Err(io::Error::other("an earlier shim's child")),
         }
     }
 }
 
-impl From<Child> for Helper {
-    fn from(child: Child) -> Self {
-        Self::Child(child)
-    }
+/// In the form of wait(2).
+fn exit_status(status: &WaitIdStatus) -> ExitStatus {
+    let code = status.exit_status().map(|code| (code & 0xff) << 8);
+    let raw = code.or_else(|| status.terminating_signal());
+    ExitStatus::from_raw(raw.unwrap_or_default())
 }
 
 /// The network that a child is in: never the host's.
@@ -107,70 +104,44 @@ pub enum Net<'a> {
 pub struct Place<'a> {
     /// Its network.
     pub net: Net<'a>,
-    /// The `cgroup.procs` of its cgroups.
-    pub cgroups: &'a [OwnedFd],
+    /// Its cgroups.
+    pub cgroups: &'a Membership,
 }
 
-/// Starts `program`, which inherits `keep` under the same numbers.
+/// Starts `program`, which inherits `keep` under the same numbers; gives back its pid as well.
 pub fn spawn(
     program: &Path,
     args: &[String],
     keep: &[OwnedFd],
     place: Place<'_>,
     log: &Path,
-) -> io::Result<Child> {
+) -> io::Result<(Helper, i32)> {
     let log = OpenOptions::new()
         .append(true)
         .create(true)
         .mode(0o600)
         .custom_flags(libc::O_NOFOLLOW)
         .open(log)?;
-    let keep: Vec<RawFd> = keep.iter().map(AsRawFd::as_raw_fd).collect();
-    let cgroups: Vec<RawFd> = place.cgroups.iter().map(AsRawFd::as_raw_fd).collect();
-    let net = match place.net {
-        Net::Of(namespace) => Some(namespace.as_raw_fd()),
-        Net::Empty => None,
-    };
-    let mut command = Command::new(program);
-    command
-        .args(args)
-        .current_dir("/")
-        .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log);
-    // SAFETY: between fork and exec only system calls are made, on memory allocated before; the numbers in `keep`,
-    // `cgroups` and `net` are the caller's descriptors, open until `spawn` returns. CLONE_FILES is not passed to unshare.
-    unsafe {
-        command.pre_exec(move || {
-            rustix::process::setsid()?;
-            for &fd in &cgroups {
-                // 0 stands for the process that writes (cgroups(7)).
-                rustix::io::write(BorrowedFd::borrow_raw(fd), b"0")?;
-            }
-            match net {
-                Some(fd) => {
-                    let fd = BorrowedFd::borrow_raw(fd);
-                    move_into_link_name_space(fd, Some(LinkNameSpaceType::Network))?;
-                }
-                None => rustix::thread::unshare_unsafe(UnshareFlags::NEWNET)?,
-            }
-            if libc::close_range(3, libc::c_uint::MAX, CLOSE_RANGE_CLOEXEC) != 0 {
-                return Err(io::Error::last_os_error());
-            }
-            for &fd in &keep {
-                let fd = BorrowedFd::borrow_raw(fd);
-                rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?;
-            }
-            Ok(())
-        });
-    }
-    command.spawn()
+    let launched = launch(&Launch {
+        program,
+        args,
+        keep,
+        stdin: File::open("/dev/null")?.as_fd(),
+        output: log.as_fd(),
+        net: match place.net {
+            Net::Of(namespace) => Some(namespace),
+            Net::Empty => None,
+        },
+        cgroups: place.cgroups,
+    })?;
+    let (pidfd, pid) = launched;
+    Ok((Helper(watch(pidfd, Interest::READABLE)?), pid))
 }
-
-const CLOSE_RANGE_CLOEXEC: libc::c_int = libc::CLOSE_RANGE_CLOEXEC as libc::c_int;
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
+
     use super::*;
 
     #[tokio::test]
@@ -181,20 +152,13 @@ mod tests {
         rustix::io::fcntl_setfd(&leak, rustix::io::FdFlags::empty()).unwrap();
         let (a, _b) = fs_channels().unwrap();
         let kept = a[0].as_raw_fd();
-        let script = "cut -d' ' -f6 /proc/self/stat; ls /proc/self/fd";
-        let mut child = spawn(
-            Path::new("/bin/sh"),
-            &["-c".into(), script.into()],
+        let (mut child, pid) = sh(
+            "cut -d' ' -f6 /proc/self/stat; ls /proc/self/fd; exit 7",
             &a[..1],
-            Place {
-                net: Net::Empty,
-                cgroups: &[],
-            },
             &log,
-        )
-        .unwrap();
-        let pid = child.id().unwrap();
-        assert!(child.wait().await.unwrap().success());
+        );
+        let status = child.wait().await.unwrap();
+        assert_eq!(status.code(), Some(7));
         let text = std::fs::read_to_string(&log).unwrap();
         let mut lines = text.lines();
         assert_eq!(lines.next(), Some(pid.to_string().as_str()));
@@ -202,5 +166,48 @@ mod tests {
         assert!(fds.contains(&kept), "{fds:?}");
         // 0, 1, 2, the kept one and the listing's own.
         assert_eq!(fds.len(), 5, "{fds:?}");
+    }
+
+    fn sh(script: &str, keep: &[OwnedFd], log: &Path) -> (Helper, i32) {
+        let cgroups = Membership::default();
+        let place = Place {
+            net: Net::Empty,
+            cgroups: &cgroups,
+        };
+        let args = ["-c".to_owned(), script.to_owned()];
+        spawn(Path::new("/bin/sh"), &args, keep, place, log).unwrap()
+    }
+
+    #[tokio::test]
+    async fn signals_are_as_a_program_expects_them_and_its_end_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("log");
+        let (mut child, _) = sh(
+            "grep -E 'Sig(Blk|Ign)' /proc/self/status; kill -9 $$",
+            &[],
+            &log,
+        );
+        assert_eq!(child.wait().await.unwrap().signal(), Some(9));
+        let text = std::fs::read_to_string(&log).unwrap();
+        let mask = |name: &str| {
+            let line = text.lines().find_map(|line| line.strip_prefix(name));
+            u64::from_str_radix(line.unwrap().trim(), 16).unwrap()
+        };
+        assert_eq!(mask("SigBlk:"), 0);
+        assert_eq!(mask("SigIgn:") & (1 << (libc::SIGPIPE - 1)), 0, "{text}");
+    }
+
+    #[tokio::test]
+    async fn a_program_that_is_not_there_is_an_error_and_leaves_no_process() {
+        let dir = tempfile::tempdir().unwrap();
+        let cgroups = Membership::default();
+        let place = Place {
+            net: Net::Empty,
+            cgroups: &cgroups,
+        };
+        let none = dir.path().join("none");
+        let started = spawn(&none, &[], &[], place, &dir.path().join("log"));
+        let error = started.err().unwrap();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound, "{error}");
     }
 }

@@ -18,6 +18,11 @@ pub const TESTS: &[Test] = &[
     test!(crashes::vmm_killed_during_start, BUSYBOX, MACHINES),
     test!(crashes::vmm_killed_with_an_exec_running, BUSYBOX, MACHINES),
     test!(crashes::file_server_killed_at_rest, BUSYBOX, MACHINES),
+    test!(
+        crashes::file_servers_steward_killed_at_rest,
+        BUSYBOX,
+        MACHINES
+    ),
     test!(crashes::file_server_killed_during_io, BUSYBOX, MACHINES),
     test!(crashes::file_server_killed_during_start, BUSYBOX, MACHINES),
     test!(
@@ -42,7 +47,8 @@ fn killed(suite: &Suite, script: &str, victim: &str) -> Outcome {
     let events = Events::subscribe(suite)?;
     let pod = suite.busybox().sh(script).detach()?;
     std::thread::sleep(Duration::from_millis(300));
-    pod.process(victim)?.signal(Signal::KILL)?;
+    let process = pod.command(victim).or_else(|_| pod.process(victim))?;
+    process.signal(Signal::KILL)?;
     events.wait_for(pod.name(), "/tasks/exit", suite.scale.seconds(2))?;
     pod.delete()?;
     next_pod_runs(suite)
@@ -132,6 +138,10 @@ fn vmm_killed_during_start(suite: &Suite) -> Outcome {
 
 fn file_server_killed_at_rest(suite: &Suite) -> Outcome {
     killed(suite, "sleep 1000", "bulkhead-fs")
+}
+
+fn file_servers_steward_killed_at_rest(suite: &Suite) -> Outcome {
+    killed(suite, "sleep 1000", "fs-steward")
 }
 
 fn file_server_killed_during_io(suite: &Suite) -> Outcome {

@@ -90,6 +90,12 @@ impl Posture {
                 self.apart.contains(&kind)
             );
         }
+        let limits = read(format!("{base}/limits"))?;
+        let core = limits
+            .lines()
+            .find_map(|line| line.strip_prefix("Max core file size"));
+        let core: Vec<&str> = core.unwrap_or_default().split_whitespace().collect();
+        ensure_eq!("core files", core, ["0", "0", "bytes"]);
         let mut mounts = Vec::new();
         for line in read(format!("{base}/mountinfo"))?.lines() {
             let fields: Vec<&str> = line.split(' ').collect();

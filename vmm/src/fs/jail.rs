@@ -16,8 +16,8 @@ use std::os::fd::OwnedFd;
 use rustix::io::{read, write};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{
-    DumpableBehavior, Pid, Signal, WaitOptions, set_dumpable_behavior,
-    set_parent_process_death_signal, waitpid,
+    DumpableBehavior, Pid, Resource, Rlimit, Signal, WaitOptions, set_dumpable_behavior,
+    set_parent_process_death_signal, setrlimit, waitpid,
 };
 use rustix::thread::UnshareFlags;
 
@@ -104,7 +104,7 @@ impl Way {
             Err(error) => return Err(at("hearing the steward")(error)),
         }
         creds::drop_all_but(creds::SERVER).map_err(at("dropping capabilities"))?;
-        set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(at("being not dumpable"))?;
+        leave_no_image()?;
         // The last: a change of credentials takes it back. A steward that ended before closes its sockets, which ends the server as well.
         set_parent_process_death_signal(Some(Signal::KILL)).map_err(at("tying it to the steward"))
     }
@@ -159,8 +159,18 @@ fn identity(map: &str) -> String {
 
 /// Leaves the steward, in its namespace, what it needs.
 pub fn confine_steward() -> Result<(), Error> {
-    set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(at("being not dumpable"))?;
+    leave_no_image()?;
     confine_steward_thread()
+}
+
+/// No core file, and nobody looks into the memory.
+fn leave_no_image() -> Result<(), Error> {
+    let none = Rlimit {
+        current: Some(0),
+        maximum: Some(0),
+    };
+    setrlimit(Resource::Core, none).map_err(at("limiting core files"))?;
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(at("being not dumpable"))
 }
 
 /// What of that is the calling thread's own.

@@ -32,6 +32,11 @@ impl Hierarchy {
         &self.mount
     }
 
+    /// Whether it is cgroup v2's.
+    pub fn is_unified(&self) -> bool {
+        self.kind == Kind::V2
+    }
+
     /// The folder of a cgroup.
     pub fn folder(&self, path: &CgroupPath) -> PathBuf {
         let mut folder = self.mount.clone();

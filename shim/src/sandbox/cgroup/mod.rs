@@ -67,8 +67,17 @@ struct Note {
     path: String,
 }
 
-/// Makes the cgroup in every hierarchy; gives back the files that a process joins it by (it writes `0`).
-pub fn make(dir: &Path, path: &CgroupPath) -> Result<Vec<OwnedFd>, Error> {
+/// How a process gets into the cgroup of each hierarchy.
+#[derive(Debug, Default)]
+pub struct Membership {
+    /// The folder of v2's, in which a process is made.
+    pub unified: Option<OwnedFd>,
+    /// `cgroup.procs` of v1's: a process joins by writing `0`.
+    pub procs: Vec<OwnedFd>,
+}
+
+/// Makes the cgroup in every hierarchy.
+pub fn make(dir: &Path, path: &CgroupPath) -> Result<Membership, Error> {
     let mountinfo = Path::new("/proc/self/mountinfo");
     let hierarchies = Hierarchy::all().map_err(path_error("reading", mountinfo))?;
     if hierarchies.is_empty() {
@@ -87,14 +96,24 @@ pub fn make(dir: &Path, path: &CgroupPath) -> Result<Vec<OwnedFd>, Error> {
     let text = serde_json::to_string(&note).map_err(io::Error::other);
     text.and_then(|text| replace_private(&dir.join(FILE), &text))
         .map_err(path_error("writing", &dir.join(FILE)))?;
-    let join = |hierarchy: &Hierarchy| {
+    let mut membership = Membership::default();
+    for hierarchy in &hierarchies {
         let made = hierarchy.make(path);
         let folder = made.map_err(path_error("making", &hierarchy.folder(path)))?;
-        let file = folder.join("cgroup.procs");
-        let opened = fs::OpenOptions::new().write(true).open(&file);
-        Ok(opened.map_err(path_error("opening", &file))?.into())
-    };
-    hierarchies.iter().map(join).collect()
+        let opened = |file: &Path, options: &fs::OpenOptions| {
+            let opened = options.open(file).map_err(path_error("opening", file))?;
+            Ok(OwnedFd::from(opened))
+        };
+        if hierarchy.is_unified() {
+            let fd = opened(&folder, fs::OpenOptions::new().read(true))?;
+            membership.unified = Some(fd);
+        } else {
+            let file = folder.join("cgroup.procs");
+            let fd = opened(&file, fs::OpenOptions::new().write(true))?;
+            membership.procs.push(fd);
+        }
+    }
+    Ok(membership)
 }
 
 /// The noted cgroup's folders.
@@ -191,10 +210,7 @@ fn members(folder: &Path) -> Vec<i32> {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        os::fd::AsFd,
-        process::{Child, Command},
-    };
+    use std::process::{Child, Command};
 
     use super::*;
 
@@ -219,7 +235,7 @@ mod tests {
             hierarchies.iter().map(|h| h.folder(&self.0)).collect()
         }
 
-        fn make(&self) -> Result<Vec<OwnedFd>, Error> {
+        fn make(&self) -> Result<Membership, Error> {
             make(self.1.path(), &self.0)
         }
 
@@ -244,10 +260,10 @@ mod tests {
     #[test]
     fn a_process_is_in_every_hierarchy_and_whatever_was_moved_there_is_ended_with_the_cgroup() {
         let named = Named::new("moved");
-        let files = named.make().unwrap();
+        named.make().unwrap();
         let mut child = sleeper();
-        for file in &files {
-            rustix::io::write(file.as_fd(), child.id().to_string().as_bytes()).unwrap();
+        for folder in named.folders() {
+            fs::write(folder.join("cgroup.procs"), child.id().to_string()).unwrap();
         }
         let pid = i32::try_from(child.id()).unwrap();
         for folder in named.folders() {
@@ -266,9 +282,10 @@ mod tests {
     #[test]
     fn a_cgroup_that_has_processes_of_others_is_refused_and_left_alone() {
         let (named, second) = (Named::new("busy"), tempfile::tempdir().unwrap());
-        let files = named.make().unwrap();
+        named.make().unwrap();
         let mut child = sleeper();
-        rustix::io::write(files[0].as_fd(), child.id().to_string().as_bytes()).unwrap();
+        let procs = named.folders()[0].join("cgroup.procs");
+        fs::write(procs, child.id().to_string()).unwrap();
         let error = make(second.path(), &named.0).unwrap_err();
         assert!(matches!(error, Error::Busy { .. }), "{error}");
         clean(second.path());
