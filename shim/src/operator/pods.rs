@@ -124,7 +124,9 @@ impl Pod {
             ("keeper", shim.map(|id| id.pid)),
             ("shim", shim.and_then(|id| id.session().first().copied())),
             ("vmm", vmm.map(|id| id.pid)),
-            ("fs", fs.map(|id| id.pid)),
+            // The shim's child is the steward, and its child the server (`vmm/src/fs/jail.rs`).
+            ("fs-steward", fs.map(|id| id.pid)),
+            ("fs", fs.and_then(|id| id.session().first().copied())),
             ("emulator", emulator),
         ]
         .into_iter()
