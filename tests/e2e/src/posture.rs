@@ -1,7 +1,7 @@
 //! What the processes of a running pod are allowed, read from the live processes and compared with what is written here: at rest, under
 //! load, and after containers and volumes have come and gone.
 
-use std::{collections::BTreeSet, fs, path::Path};
+use std::{collections::BTreeSet, fs, os::unix::fs::MetadataExt, path::Path};
 
 use bulkhead_harness::{
     Context, Image, Outcome, Pod, Suite, Test, ensure, ensure_eq,
@@ -27,14 +27,30 @@ pub const TESTS: &[Test] = &[test!(
 struct Posture {
     /// Capabilities that it has, by their bits (capabilities(7)).
     capabilities: &'static [u32],
+    /// Those that a program of its could have.
+    bounding: &'static [u32],
     /// Namespaces that are not the host's.
     apart: &'static [&'static str],
     /// Every mount that it sees: point, type, and options it must have.
     mounts: &'static [(&'static str, &'static str, &'static str)],
-    /// Beginnings of what its descriptors may lead to, beside the log and files of mounts that the host does not see.
+    /// Everything in its root.
+    root: &'static [&'static str],
+    /// Beginnings of what its descriptors may lead to, beside files of its own.
     descriptors: &'static [&'static str],
-    /// At least one, of exactly these names.
+    /// Whether they also lead to files of mounts that the host does not see.
+    trees: bool,
+    /// Sockets of the state folder that it may listen on.
+    listens: &'static [&'static str],
+    /// Its limits of resources, by their names in `/proc/<pid>/limits`.
+    limits: &'static [(&'static str, &'static str)],
+    /// Filters of system calls on each thread.
+    filters: u64,
+    /// Names of its threads without their numbers; without any it is no program of ours.
     threads: &'static [&'static str],
+    /// Threads that it has at times.
+    further: &'static [&'static str],
+    /// The thread that starts the others, and so has a filter less.
+    starter: &'static str,
 }
 
 const ROOT: [(&str, &str, &str); 3] = [
@@ -46,19 +62,35 @@ const ROOT: [(&str, &str, &str); 3] = [
 /// The process that talks to the guest. CHOWN, DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER, FSETID, SETGID, SETUID: in a user namespace of its own.
 const SERVER: Posture = Posture {
     capabilities: &[0, 1, 2, 3, 4, 6, 7],
+    bounding: &[],
     apart: &["user", "pid", "ipc", "uts", "mnt", "net"],
     mounts: &ROOT,
+    root: &["fd", "trees"],
     descriptors: &["/dev/null", "socket:", "pipe:"],
-    threads: &["bulkhead-fs", "fuse-0", "fuse-1", "fuse-2", "fuse-3"],
+    trees: true,
+    listens: &["fs.sock"],
+    limits: &[],
+    filters: 1,
+    threads: &["bulkhead-fs", "fuse"],
+    further: &[],
+    starter: "",
 };
 
 /// Its steward: DAC_READ_SEARCH, SYS_ADMIN and SETFCAP in the host's user namespace; its child has a pid namespace, it has not.
 const STEWARD: Posture = Posture {
     capabilities: &[2, 21, 31],
+    bounding: &[],
     apart: &["ipc", "uts", "mnt", "net"],
     mounts: &ROOT,
+    root: &["fd", "trees"],
     descriptors: &["/dev/null", "socket:"],
+    trees: true,
+    listens: &[],
+    limits: &[],
+    filters: 1,
     threads: &["fs-steward"],
+    further: &[],
+    starter: "",
 };
 
 fn field(status: &str, name: &str) -> Outcome<String> {
@@ -67,21 +99,100 @@ fn field(status: &str, name: &str) -> Outcome<String> {
     Ok(value.split_whitespace().collect::<Vec<_>>().join(" "))
 }
 
+fn bits(set: &[u32]) -> u64 {
+    set.iter().fold(0, |bits, bit| bits | 1 << bit)
+}
+
+/// `fuse-3` is one of the threads `fuse`.
+fn kind(thread: &str) -> &str {
+    let numberless = thread.trim_end_matches(|c: char| c.is_ascii_digit());
+    numberless.trim_end_matches('-')
+}
+
 impl Posture {
-    fn check(&self, process: &Process, log: &str) -> Outcome {
+    /// Compares a process of `pod`, of this user, with what is written. `files`: those of the state folder that it has open.
+    fn check(&self, pod: &Pod<'_>, process: &Process, uid: u32, files: &[String]) -> Outcome {
         let base = format!("/proc/{}", process.pid);
+        self.check_threads(&base, uid)?;
+        self.check_view(&base)?;
+        self.check_descriptors(&base, files)?;
+        self.check_sockets(pod, &base)?;
+        let limits = read(format!("{base}/limits"))?;
+        for (name, value) in self.limits {
+            let line = limits.lines().find_map(|line| line.strip_prefix(name));
+            let words: Vec<&str> = line.context(name)?.split_whitespace().take(2).collect();
+            ensure_eq!(name, words, [*value, *value]);
+        }
+        // Files in /proc of what is not dumpable belong to root (proc(5)).
+        let owner = fs::metadata(format!("{base}/environ")).context("environ")?;
+        ensure_eq!("owner in /proc", owner.uid(), 0);
+        Ok(())
+    }
+
+    fn check_threads(&self, base: &str, uid: u32) -> Outcome {
         let mut threads = BTreeSet::new();
         let tasks = fs::read_dir(format!("{base}/task")).context("threads")?;
         for task in tasks.flatten() {
-            let status = read(task.path().join("status"))?;
+            // One that ends meanwhile.
+            let Ok(status) = fs::read_to_string(task.path().join("status")) else {
+                continue;
+            };
             let name = field(&status, "Name")?;
-            self.check_thread(&status)
-                .map_err(|e| format!("{name}: {e}"))?;
-            threads.insert(name);
+            self.check_thread(&name, uid, &status)
+                .map_err(|e| format!("thread {name}: {e}"))?;
+            threads.insert(kind(&name).to_owned());
         }
-        let expected: BTreeSet<String> = self.threads.iter().map(|&t| t.to_owned()).collect();
-        ensure_eq!("threads", threads, expected);
-        for kind in ["user", "pid", "ipc", "uts", "mnt", "net", "cgroup"] {
+        for name in self.threads {
+            ensure!(threads.remove(*name), "no thread {name}");
+        }
+        if !self.threads.is_empty() {
+            threads.retain(|name| !self.further.contains(&name.as_str()));
+            ensure!(threads.is_empty(), "unknown threads: {threads:?}");
+        }
+        Ok(())
+    }
+
+    fn check_thread(&self, name: &str, uid: u32, status: &str) -> Outcome {
+        let value = |set| u64::from_str_radix(&field(status, set)?, 16).context(set);
+        let allowed = bits(self.capabilities);
+        for set in ["CapPrm", "CapEff"] {
+            // Fewer while a worker makes a file for another user.
+            let value = value(set)?;
+            ensure!(
+                value & !allowed == 0,
+                "{set}: {value:x}, allowed {allowed:x}"
+            );
+        }
+        for set in ["CapInh", "CapAmb"] {
+            ensure_eq!(set, value(set)?, 0);
+        }
+        ensure_eq!("CapBnd", value("CapBnd")?, bits(self.bounding));
+        // Root's workers take on a user for a moment.
+        if uid != 0 {
+            for ids in ["Uid", "Gid"] {
+                ensure_eq!(
+                    ids,
+                    field(status, ids)?,
+                    [uid.to_string().as_str(); 4].join(" ")
+                );
+            }
+        }
+        ensure_eq!("no new privileges", field(status, "NoNewPrivs")?, "1");
+        ensure_eq!("seccomp mode", field(status, "Seccomp:")?, "2");
+        // Older kernels do not count.
+        if let Ok(filters) = field(status, "Seccomp_filters") {
+            let wanted = self.filters - u64::from(name == self.starter);
+            ensure_eq!("filters", filters, wanted.to_string());
+        }
+        let groups = field(status, "Groups")?;
+        let own = uid != 0 && groups == uid.to_string();
+        ensure!(own || groups.is_empty(), "groups: {groups}");
+        Ok(())
+    }
+
+    /// What it can name: namespaces, mounts, its root.
+    fn check_view(&self, base: &str) -> Outcome {
+        for kind in ["user", "pid", "ipc", "uts", "mnt", "net"] {
             let own = fs::read_link(format!("{base}/ns/{kind}")).context(kind)?;
             let hosts = fs::read_link(format!("/proc/self/ns/{kind}")).context(kind)?;
             ensure_eq!(
@@ -90,12 +201,6 @@ impl Posture {
                 self.apart.contains(&kind)
             );
         }
-        let limits = read(format!("{base}/limits"))?;
-        let core = limits
-            .lines()
-            .find_map(|line| line.strip_prefix("Max core file size"));
-        let core: Vec<&str> = core.unwrap_or_default().split_whitespace().collect();
-        ensure_eq!("core files", core, ["0", "0", "bytes"]);
         let mut mounts = Vec::new();
         for line in read(format!("{base}/mountinfo"))?.lines() {
             let fields: Vec<&str> = line.split(' ').collect();
@@ -114,46 +219,74 @@ impl Posture {
             ensure_eq!(format!("type of {point}"), kind.as_str(), *expected);
             ensure!(options.starts_with(least), "options of {point}: {options}");
         }
+        let root = fs::read_dir(format!("{base}/root/")).context("root")?;
+        let names: BTreeSet<String> = root
+            .flatten()
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .collect();
+        let written = self.root.iter().map(|&name| name.to_owned()).collect();
+        ensure_eq!("root", names, written);
+        Ok(())
+    }
+
+    fn check_descriptors(&self, base: &str, files: &[String]) -> Outcome {
         // Files of the host's own mounts; a tree is a mount of its own, which nobody else sees.
         let of_host: BTreeSet<String> = read("/proc/self/mountinfo")?
             .lines()
             .filter_map(|line| Some(line.split(' ').next()?.to_owned()))
             .collect();
         for entry in fs::read_dir(format!("{base}/fd")).context("fd")?.flatten() {
-            let info = Path::new(&base).join("fdinfo").join(entry.file_name());
+            let info = Path::new(base).join("fdinfo").join(entry.file_name());
             // One that is closed meanwhile.
             let (Ok(target), Ok(info)) = (fs::read_link(entry.path()), fs::read_to_string(info))
             else {
                 continue;
             };
             let target = target.to_string_lossy().into_owned();
-            let known = target == log || self.descriptors.iter().any(|d| target.starts_with(d));
-            let apart = !of_host.contains(&field(&info, "mnt_id")?);
-            ensure!(
-                known || (target.starts_with('/') && apart),
-                "descriptor {target}"
-            );
+            let known =
+                files.contains(&target) || self.descriptors.iter().any(|d| target.starts_with(d));
+            let tree = self.trees
+                && target.starts_with('/')
+                && !of_host.contains(&field(&info, "mnt_id")?);
+            ensure!(known || tree, "descriptor {target}");
         }
         Ok(())
     }
 
-    fn check_thread(&self, status: &str) -> Outcome {
-        let bits = self.capabilities.iter();
-        let allowed = bits.fold(0u64, |set, bit| set | 1 << bit);
-        for set in ["CapPrm", "CapEff"] {
-            let value = u64::from_str_radix(&field(status, set)?, 16).context(set)?;
-            // Fewer while a worker makes a file for another user.
-            ensure!(
-                value & !allowed == 0,
-                "{set}: {value:x}, allowed {allowed:x}"
-            );
+    /// All its sockets are of the host's inside (unix(7)), and it listens on what is written.
+    fn check_sockets(&self, pod: &Pod<'_>, base: &str) -> Outcome {
+        let mut own = BTreeSet::new();
+        for entry in fs::read_dir(format!("{base}/fd")).context("fd")?.flatten() {
+            let target = fs::read_link(entry.path()).unwrap_or_default();
+            let target = target.to_string_lossy();
+            let inode = target
+                .strip_prefix("socket:[")
+                .map(|i| i.trim_end_matches(']'));
+            own.extend(inode.map(str::to_owned));
         }
-        for set in ["CapInh", "CapBnd", "CapAmb"] {
-            ensure_eq!(set, field(status, set)?, "0000000000000000");
+        // A socket is told of in the network namespace where it was made: the pod's, the shim's, that of a process that ended.
+        for process in pod.processes() {
+            for table in [
+                "tcp", "tcp6", "udp", "udp6", "raw", "raw6", "packet", "netlink",
+            ] {
+                let path = format!("/proc/{}/net/{table}", process.pid);
+                for line in fs::read_to_string(path).unwrap_or_default().lines() {
+                    let ours = line.split_whitespace().any(|word| own.contains(word));
+                    ensure!(!ours, "socket of {table}: {line}");
+                }
+            }
+            let path = format!("/proc/{}/net/unix", process.pid);
+            for line in fs::read_to_string(path).unwrap_or_default().lines() {
+                let fields: Vec<&str> = line.split_whitespace().collect();
+                // Flags, inode and path; the flag is SO_ACCEPTCON.
+                let [_, _, _, "00010000", _, _, inode, path] = fields.as_slice() else {
+                    continue;
+                };
+                let name = path.rsplit('/').next().unwrap_or_default();
+                let known = self.listens.contains(&name);
+                ensure!(known || !own.contains(*inode), "it listens on {path}");
+            }
         }
-        ensure_eq!("no new privileges", field(status, "NoNewPrivs")?, "1");
-        ensure_eq!("seccomp mode", field(status, "Seccomp:")?, "2");
-        ensure_eq!("groups", field(status, "Groups")?, "");
         Ok(())
     }
 }
@@ -173,11 +306,13 @@ fn file_server(suite: &Suite, pod: &Pod<'_>, when: &str) -> Outcome {
     };
     ensure_eq!("the server's parent", parent(server.pid), Some(steward.pid));
     let log = suite.state_of(pod.name()).join("fs.log");
-    let log = log.to_string_lossy();
+    let log = [log.to_string_lossy().into_owned()];
     let tell = |what, e| format!("{when}, {what}: {e}");
-    SERVER.check(server, &log).map_err(|e| tell("server", e))?;
+    SERVER
+        .check(pod, server, 0, &log)
+        .map_err(|e| tell("server", e))?;
     STEWARD
-        .check(steward, &log)
+        .check(pod, steward, 0, &log)
         .map_err(|e| tell("steward", e))?;
     let map = read(format!("/proc/{}/uid_map", server.pid))?;
     let hosts = read("/proc/self/uid_map")?;
