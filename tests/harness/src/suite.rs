@@ -652,10 +652,20 @@ impl Drop for Suite {
             .flatten()
             .flatten()
         {
-            let _ = fs::remove_dir(hierarchy.path().join(&self.namespace));
+            remove_cgroups(&hierarchy.path().join(&self.namespace));
         }
-        let _ = fs::remove_dir(Path::new("/sys/fs/cgroup").join(&self.namespace));
+        remove_cgroups(&Path::new("/sys/fs/cgroup").join(&self.namespace));
     }
+}
+
+/// Also what a failed case has left below it.
+fn remove_cgroups(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_cgroups(&entry.path());
+        }
+    }
+    let _ = fs::remove_dir(folder);
 }
 
 fn add_log(text: &mut String, title: &str, body: &str) {
