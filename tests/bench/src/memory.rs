@@ -130,23 +130,41 @@ fn of(pod: &Pod<'_>) -> Outcome<Vec<(String, f64)>> {
     Ok(parts)
 }
 
-/// KiB of the process's own maps, and of the guest's memory.
+/// KiB of the process's own maps, and of the guest's memory: the kernel splits that map where parts of it have other
+/// attributes, so maps of one name that touch are one.
 fn pss(smaps: &str) -> (u64, u64) {
-    let (mut own, mut guest, mut size) = (0, 0, 0);
+    // Name, end, and KiB of size and of PSS.
+    let mut maps: Vec<(&str, u64, u64, u64)> = Vec::new();
     for line in smaps.lines() {
         let mut words = line.split_whitespace();
-        let (key, value) = (
-            words.next(),
-            words.next().and_then(|w| w.parse::<u64>().ok()),
-        );
-        match (key, value) {
-            (Some("Size:"), Some(kib)) => size = kib,
-            (Some("Pss:"), Some(kib)) if size >= GUEST_KIB => guest += kib,
-            (Some("Pss:"), Some(kib)) => own += kib,
-            _ => {}
+        let first = words.next().unwrap_or_default();
+        if let Some((start, end)) = addresses(first) {
+            let name = words.nth(4).unwrap_or_default();
+            let kib = end.saturating_sub(start) >> 10;
+            match maps.last_mut() {
+                Some(last) if last.1 == start && last.0 == name => {
+                    (last.1, last.2) = (end, last.2 + kib);
+                }
+                _ => maps.push((name, end, kib, 0)),
+            }
+        } else if first == "Pss:"
+            && let (Some(last), Some(kib)) = (maps.last_mut(), words.next())
+        {
+            last.3 += kib.parse::<u64>().unwrap_or(0);
         }
     }
-    (own, guest)
+    let sum = |guest: bool| {
+        let of = maps.iter().filter(|map| (map.2 >= GUEST_KIB) == guest);
+        of.map(|map| map.3).sum()
+    };
+    (sum(false), sum(true))
+}
+
+/// Of a map's head line, `<start>-<end>` in hexadecimal.
+fn addresses(word: &str) -> Option<(u64, u64)> {
+    let (start, end) = word.split_once('-')?;
+    let number = |text| u64::from_str_radix(text, 16).ok();
+    Some((number(start)?, number(end)?))
 }
 
 fn mib(kib: u64) -> f64 {
@@ -158,9 +176,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_guests_memory_is_the_large_map() {
-        let smaps =
-            "a-b rw-p\nSize: 524288 kB\nRss: 9 kB\nPss: 2048 kB\nc-d r-xp\nSize: 8 kB\nPss: 4 kB\n";
-        assert_eq!(pss(smaps), (4, 2048));
+    fn the_guests_memory_is_the_large_map_in_however_many_pieces() {
+        let smaps = "10000000-18000000 rw-p 0 00:00 0\nPss: 2048 kB\n\
+            18000000-20000000 rw-p 0 00:00 0\nPss: 1024 kB\n\
+            20000000-20002000 r-xp 0 fd:00 7 /bin/vmm\nSize: 8 kB\nPss: 4 kB\n";
+        assert_eq!(pss(smaps), (4, 3072));
     }
 }
