@@ -5,7 +5,11 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use bulkhead_protocol::agent::{self, Phase as GuestPhase};
+use bulkhead_protocol::{
+    agent::{self, Phase as GuestPhase},
+    id,
+    limits::{CONTAINERS_MAX, EXECS_MAX},
+};
 use tokio::time::{Instant, sleep};
 
 use super::{
@@ -228,13 +232,60 @@ async fn known_raw(pod: &Pod) -> Result<agent::ListResponse, sandbox::Error> {
 }
 
 async fn known(pod: &Pod) -> Result<Known, sandbox::Error> {
-    let list = known_raw(pod).await?;
-    let processes = list.containers.into_iter().flat_map(|container| {
+    Ok(believed(known_raw(pod).await?))
+}
+
+/// As much of the agent's list as a pod can hold: ids are copied for each process, and each is looked at.
+fn believed(list: agent::ListResponse) -> Known {
+    let containers = list.containers.into_iter().take(CONTAINERS_MAX);
+    let containers = containers.filter(|container| id::is_valid(&container.container));
+    let processes = containers.flat_map(|container| {
         let id = container.container;
-        container.processes.into_iter().map(move |process| {
-            let phase = process.phase.enum_value_or_default();
-            ((id.clone(), process.exec_id), phase)
-        })
+        // Its init and its execs.
+        let processes = container.processes.into_iter().take(EXECS_MAX + 1);
+        processes
+            .filter(|process| process.exec_id.is_empty() || id::is_valid(&process.exec_id))
+            .map(move |process| {
+                let phase = process.phase.enum_value_or_default();
+                ((id.clone(), process.exec_id), phase)
+            })
     });
-    Ok(processes.collect())
+    processes.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn listed(id: &str, execs: usize) -> agent::ListedContainer {
+        let mut container = agent::ListedContainer::new();
+        container.container = id.into();
+        container.processes = (0..execs)
+            .map(|number| {
+                let mut process = agent::ListedProcess::new();
+                process.exec_id = format!("x{number}");
+                process
+            })
+            .collect();
+        container
+    }
+
+    #[test]
+    fn a_list_of_the_agents_is_believed_as_far_as_a_pod_can_be() {
+        let mut list = agent::ListResponse::new();
+        // Its id would be copied for each of its processes.
+        list.containers.push(listed(&"a".repeat(2 << 20), 100_000));
+        list.containers.push(listed("../a", 1));
+        list.containers.push(listed("c", 100_000));
+        list.containers
+            .extend((0..1000).map(|number| listed(&format!("c{number}"), 1)));
+        let known = believed(list);
+        assert!(known.keys().all(|(container, _)| id::is_valid(container)));
+        assert!(
+            known.len() < EXECS_MAX + 1 + CONTAINERS_MAX,
+            "{}",
+            known.len()
+        );
+        assert!(known.contains_key(&("c".to_owned(), "x0".to_owned())));
+    }
 }
