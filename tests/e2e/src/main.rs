@@ -27,6 +27,7 @@ mod posture;
 mod process;
 mod size;
 mod stdio;
+mod stopped;
 mod survival;
 mod task_api;
 mod view;
@@ -138,6 +139,7 @@ fn all() -> Vec<Test> {
         size::TESTS,
         bad_input::TESTS,
         crashes::TESTS,
+        stopped::TESTS,
         survival::TESTS,
         posture::TESTS,
         task_api::TESTS,

@@ -1,7 +1,7 @@
 //! Many pods: one after another, at once, in any order.
 
 use bulkhead_harness::{
-    Image, Outcome, Suite, Test, ensure, ensure_eq, runner::ANY, runner::MACHINES, test,
+    Image, Outcome, Pod, Suite, Test, ensure, ensure_eq, runner::ANY, runner::MACHINES, test,
 };
 
 use crate::pods;
@@ -13,6 +13,7 @@ pub const TESTS: &[Test] = &[
     test!(pods::many_one_after_another, BUSYBOX, ANY),
     test!(pods::many_at_once, BUSYBOX, ANY),
     test!(pods::deleted_in_any_order, BUSYBOX, ANY),
+    test!(pods::killed_at_once, BUSYBOX, ANY),
     test!(pods::each_has_a_machine_of_its_own, BUSYBOX, MACHINES),
     test!(
         pods::size_of_the_machine_follows_the_annotations,
@@ -64,6 +65,22 @@ fn deleted_in_any_order(suite: &Suite) -> Outcome {
         for pod in &pods {
             ensure_eq!("the others", pod.sh("echo on")?, "on");
         }
+    }
+    Ok(())
+}
+
+fn killed_at_once(suite: &Suite) -> Outcome {
+    let start = |_| suite.busybox().sh("sleep 1000").detach();
+    let pods = (0..suite.scale.pods_at_once)
+        .map(start)
+        .collect::<Outcome<Vec<_>>>()?;
+    let kill = |pod: &Pod<'_>| pod.task(&["kill", "-s", "SIGKILL"]).spawn();
+    let kills = pods.iter().map(kill).collect::<Outcome<Vec<_>>>()?;
+    for kill in kills {
+        kill.wait()?.ok()?;
+    }
+    for pod in pods {
+        ensure_eq!("exit status", pod.delete()?, 137);
     }
     Ok(())
 }

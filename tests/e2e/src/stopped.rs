@@ -1,0 +1,53 @@
+//! Processes of a pod that stand still: whoever waits for them has a deadline, and the pod can be removed.
+
+use std::time::{Duration, Instant};
+
+use bulkhead_harness::{
+    Engine, Image, Outcome, Suite, Test, ensure, events::Events, runner::MACHINES, test,
+};
+use rustix::process::Signal;
+
+use crate::stopped;
+
+const BUSYBOX: &[Image] = &[Image::Busybox];
+
+/// The cases of this group.
+pub const TESTS: &[Test] = &[test!(
+    stopped::a_process_that_stands_still_keeps_no_pod,
+    BUSYBOX,
+    MACHINES
+)];
+
+/// Stops one process in each of several pods and never lets it run on: SIGKILL of the container is told as its end,
+/// and the pod is removed.
+fn a_process_that_stands_still_keeps_no_pod(suite: &Suite) -> Outcome {
+    let victims: &[&str] = match suite.engine {
+        Engine::Emulated => &["bulkhead-vmm", "bulkhead-fs", "qemu-system"],
+        _ => &["bulkhead-vmm", "bulkhead-fs"],
+    };
+    // A container may outlive SIGKILL by 30 s, then its machine goes.
+    let limit = suite.scale.seconds(60);
+    let mut all = Vec::new();
+    for &victim in victims {
+        let events = Events::subscribe(suite)?;
+        let pod = suite.busybox().sh("sleep 1000").detach()?;
+        std::thread::sleep(Duration::from_millis(300));
+        let process = pod.command(victim).or_else(|_| pod.process(victim))?;
+        process.signal(Signal::STOP)?;
+        let kill = pod.task(&["kill", "-s", "SIGKILL"]).limit(limit).spawn()?;
+        all.push((pod, events, process, kill, Instant::now()));
+    }
+    for (pod, events, process, kill, killed) in all {
+        kill.wait()?;
+        events.wait_for(pod.name(), "/tasks/exit", limit)?;
+        let took = killed.elapsed();
+        ensure!(
+            took < limit,
+            "{}: the end came after {took:?}",
+            process.name
+        );
+        pod.delete()?;
+        ensure!(!process.is_alive(), "{} is left", process.name);
+    }
+    Ok(())
+}
