@@ -120,7 +120,12 @@ fn of(pod: &Pod<'_>) -> Outcome<Vec<(String, f64)>> {
         processes.push((pid, "the program".into()));
     }
     for (pid, name) in processes {
-        let (own, machine) = pss(&read(format!("/proc/{pid}/smaps"))?);
+        // The emulator has large maps of its own besides, and so have other programs.
+        let is_guest = |map: &str| match &*name {
+            "bulkhead-vmm" => true,
+            emulator => emulator.starts_with("qemu") && map.starts_with("/memfd"),
+        };
+        let (own, machine) = pss(&read(format!("/proc/{pid}/smaps"))?, is_guest);
         guest += machine;
         parts.push((name, mib(own)));
     }
@@ -132,7 +137,7 @@ fn of(pod: &Pod<'_>) -> Outcome<Vec<(String, f64)>> {
 
 /// KiB of the process's own maps, and of the guest's memory: the kernel splits that map where parts of it have other
 /// attributes, so maps of one name that touch are one.
-fn pss(smaps: &str) -> (u64, u64) {
+fn pss(smaps: &str, is_guest: impl Fn(&str) -> bool) -> (u64, u64) {
     // Name, end, and KiB of size and of PSS.
     let mut maps: Vec<(&str, u64, u64, u64)> = Vec::new();
     for line in smaps.lines() {
@@ -154,7 +159,8 @@ fn pss(smaps: &str) -> (u64, u64) {
         }
     }
     let sum = |guest: bool| {
-        let of = maps.iter().filter(|map| (map.2 >= GUEST_KIB) == guest);
+        let is_guest = |map: &&(&str, u64, u64, u64)| map.2 >= GUEST_KIB && is_guest(map.0);
+        let of = maps.iter().filter(|map| is_guest(map) == guest);
         of.map(|map| map.3).sum()
     };
     (sum(false), sum(true))
@@ -180,6 +186,7 @@ mod tests {
         let smaps = "10000000-18000000 rw-p 0 00:00 0\nPss: 2048 kB\n\
             18000000-20000000 rw-p 0 00:00 0\nPss: 1024 kB\n\
             20000000-20002000 r-xp 0 fd:00 7 /bin/vmm\nSize: 8 kB\nPss: 4 kB\n";
-        assert_eq!(pss(smaps), (4, 3072));
+        assert_eq!(pss(smaps, |_| true), (4, 3072));
+        assert_eq!(pss(smaps, |name| name.starts_with("/memfd")), (3076, 0));
     }
 }
