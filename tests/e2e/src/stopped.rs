@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use bulkhead_harness::{
-    Engine, Image, Outcome, Suite, Test, ensure, events::Events, runner::MACHINES, test,
+    Engine, Image, Outcome, Suite, Test, ensure, ensure_eq, events::Events, runner::MACHINES, test,
 };
 use rustix::process::Signal;
 
@@ -46,7 +46,15 @@ fn a_process_that_stands_still_keeps_no_pod(suite: &Suite) -> Outcome {
             "{}: the end came after {took:?}",
             process.name
         );
+        let name = pod.name().to_owned();
         pod.delete()?;
+        events.wait_for(&name, "/tasks/delete", suite.scale.seconds(5))?;
+        let told: Vec<String> = events.of(&name).into_iter().map(|e| e.topic).collect();
+        let told: Vec<&str> = told
+            .iter()
+            .filter_map(|t| t.strip_prefix("/tasks/"))
+            .collect();
+        ensure_eq!("events", told, ["create", "start", "exit", "delete"]);
         ensure!(!process.is_alive(), "{} is left", process.name);
     }
     Ok(())
