@@ -28,6 +28,45 @@ pub enum Engine {
     Emulated,
 }
 
+/// Table `jail`: the confinement is always on; this is its range of users, and what a host must have.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Jail {
+    /// First of the users that pods run as, each as one of its own.
+    pub first_uid: u32,
+    /// How many there are.
+    pub uids: u32,
+    /// Layers without which no pod starts; without it a layer that the host lacks is a warning.
+    pub require: Vec<JailLayer>,
+}
+
+impl Default for Jail {
+    fn default() -> Self {
+        Self {
+            // Of a range that no system of ids has taken (systemd, "Users, Groups, UIDs and GIDs").
+            first_uid: 1_900_000_000,
+            uids: 65536,
+            require: Vec::new(),
+        }
+    }
+}
+
+/// A layer of the jail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum JailLayer {
+    /// Namespaces and an empty root.
+    Root,
+    /// Limits of resources.
+    Limits,
+    /// A user of its own without capabilities.
+    User,
+    /// Landlock.
+    Landlock,
+    /// seccomp by thread.
+    Seccomp,
+}
+
 /// The configuration, complete.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -47,6 +86,8 @@ pub struct Config {
     pub memory_mib: u64,
     /// Guests offer a debugging shell to `bulkhead exec`; weaker, as root of the host then rules inside, too.
     pub debug_shell: bool,
+    /// How the pods' processes are confined.
+    pub jail: Jail,
     /// `bulkhead-vmm`.
     pub vmm: PathBuf,
     /// `bulkhead-fs`.
@@ -64,6 +105,7 @@ struct File {
     vcpus: Option<u64>,
     memory_mib: Option<u64>,
     debug_shell: bool,
+    jail: Jail,
 }
 
 /// Why there is no configuration.
@@ -132,6 +174,7 @@ impl Config {
             vcpus: file.vcpus.unwrap_or(1),
             memory_mib: file.memory_mib.unwrap_or(512),
             debug_shell: file.debug_shell,
+            jail: file.jail,
             vmm: beside.join("bulkhead-vmm"),
             fs: beside.join("bulkhead-fs"),
         };
@@ -158,6 +201,14 @@ impl Config {
                 "state",
                 format!("longer than {STATE_MAX} bytes: socket paths would not fit"),
             ));
+        }
+        if self.jail.first_uid == 0 {
+            return Err(("jail.first_uid", "0 is root".into()));
+        }
+        let last = self.jail.first_uid.checked_add(self.jail.uids);
+        if self.jail.uids == 0 || last.is_none() {
+            let why = format!("{} is none, or goes beyond 4294967294", self.jail.uids);
+            return Err(("jail.uids", why));
         }
         check_vcpus(self.vcpus).map_err(|why| ("vcpus", why))?;
         check_memory(self.memory_mib).map_err(|why| ("memory_mib", why))
@@ -225,6 +276,10 @@ mod tests {
             ("kernel = 'vmlinux'", "kernel"),
             ("state = 'run'", "state"),
             ("engine = 'qemu'", "qemu"),
+            ("[jail]\nfirst_uid = 0", "jail.first_uid"),
+            ("[jail]\nuids = 0", "jail.uids"),
+            ("[jail]\nfirst_uid = 4294967295", "jail.uids"),
+            ("[jail]\nrequire = ['moat']", "moat"),
         ] {
             let error = parse(text).unwrap_err().to_string();
             assert!(error.contains(key), "{text}: {error}");

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use crate::arch::x86_64::layout;
+use crate::jail::JailConfig;
 use crate::limits;
 use crate::virtio::net::Mac;
 
@@ -74,6 +75,12 @@ impl EngineKind {
 pub struct VsockConfig {
     /// The guest's address, 3 or above.
     pub cid: u32,
+    /// Ports of the host that the guest reaches.
+    #[serde(default)]
+    pub ports: Vec<u32>,
+    /// An inherited SEQPACKET socket to the shim, where the guest's connections to them go.
+    #[serde(default)]
+    pub uplink_fd: Option<RawFd>,
 }
 
 /// The file system device.
@@ -149,6 +156,9 @@ pub struct MachineConfig {
     /// The guest's agent is told to offer a debugging shell.
     #[serde(default)]
     pub debug_shell: bool,
+    /// How the process is confined.
+    #[serde(default)]
+    pub jail: JailConfig,
     /// The machine's state folder; not part of the file.
     #[serde(skip)]
     pub state_dir: PathBuf,
@@ -242,6 +252,14 @@ impl MachineConfig {
                 "vsock.cid",
                 vsock.cid,
                 "must be 3 or more",
+            )?;
+        }
+        for (field, id) in [("jail.uid", self.jail.uid), ("jail.gid", self.jail.gid)] {
+            require(
+                id != 0 && id != u32::MAX,
+                field,
+                id,
+                "must be neither root's nor 4294967295",
             )?;
         }
         if let Some(fs) = &self.fs {
@@ -390,7 +408,7 @@ mod tests {
     #[test]
     fn each_value_out_of_range_is_refused_by_name() {
         type Case = (&'static str, fn(&mut Value));
-        let cases: [Case; 25] = [
+        let cases: [Case; 26] = [
             ("kernel", |v| v["kernel"] = json!("k")),
             ("initramfs", |v| v["initramfs"] = json!("")),
             ("vcpus", |v| v["vcpus"] = json!(0)),
@@ -403,6 +421,7 @@ mod tests {
             ("memory_max_mib", |v| v["memory_max_mib"] = json!(u32::MAX)),
             ("qemu", |v| v["qemu"] = json!("")),
             ("vsock.cid", |v| v["vsock"]["cid"] = json!(2)),
+            ("jail.uid", |v| v["jail"] = json!({"uid": 0, "gid": 1})),
             ("fs.tag", |v| v["fs"]["tag"] = json!("a b")),
             ("fs.worker_fds", |v| v["fs"]["worker_fds"] = json!([])),
             ("fs.worker_fds", |v| v["fs"]["worker_fds"] = json!([5, 5])),

@@ -16,6 +16,8 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFl
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use crate::jail::seccomp::Kind;
+use crate::jail::threads;
 use crate::limits;
 use crate::machine::end::{End, EndReason, EndSender};
 use crate::machine::{Machine, MachineError};
@@ -36,7 +38,7 @@ pub struct ControlError {
 enum RequestError {
     #[error("not a request: {0}")]
     Parse(serde_json::Error),
-    #[error("attach needs one descriptor sent along, not {0}")]
+    #[error("attach and uplink need one descriptor sent along, not {0}")]
     OneDescriptor(usize),
     #[error(
         "attach-net needs {vhosts} vhost descriptors after those of the tap, and {sent} were sent along"
@@ -74,6 +76,7 @@ enum Request {
     DetachNet {
         slot: String,
     },
+    Uplink {},
     Grow {
         vcpus: u32,
         memory_mib: u32,
@@ -110,10 +113,9 @@ impl Control {
 
     /// Starts the thread that answers.
     pub fn serve(self, machine: Arc<Machine>, end: EndSender) -> io::Result<()> {
-        std::thread::Builder::new()
-            .name("control".into())
-            .spawn(move || run(&self.0, &machine, &end))
-            .map(drop)
+        let builder = std::thread::Builder::new().name("control".into());
+        let body = move || run(&self.0, &machine, &end);
+        threads::spawn(Kind::Control, builder, body).map(drop)
     }
 }
 
@@ -282,6 +284,10 @@ fn request(
             machine.attach_net(&slot, attachment)?;
         }
         Request::DetachNet { slot } => machine.detach_net(&slot)?,
+        Request::Uplink {} => {
+            let socket = descriptors.pop().filter(|_| sent == 1);
+            machine.uplink(socket.ok_or(RequestError::OneDescriptor(sent))?)?;
+        }
         Request::Grow { vcpus, memory_mib } => {
             let grown = machine.grow(vcpus, memory_mib)?;
             return Ok(Some(serde_json::to_value(grown).unwrap_or_default()));
@@ -314,6 +320,7 @@ mod tests {
             r#"{"op":"attach-net","slot":"n0","mac":"02:00:00:00:00:01","vhost":8,"rate":{"frames":1}}"#,
             r#"{"op":"detach-net","slot":"n0"}"#,
             r#"{"op":"grow","vcpus":2,"memory_mib":1024}"#,
+            r#"{"op":"uplink"}"#,
             r#"{"op":"add-pid"}"#,
             r#"{"op":"remove-pid","pid":7}"#,
         ] {

@@ -7,6 +7,7 @@ pub mod control;
 pub mod engine;
 pub mod fs;
 pub mod i8042;
+pub mod jail;
 pub mod limits;
 pub mod log;
 pub mod machine;

@@ -181,6 +181,18 @@ pub const FS_COPY: usize = 64 << 20;
 /// Lines in the log about malformed messages before they are only answered.
 pub const FS_WARNINGS: u32 = 32;
 
+/// Most descriptors that the VMM has: two for each vsock connection, and what devices have.
+/// Test: `the_jail_is_as_written`.
+pub const VMM_DESCRIPTORS: u64 = 16384;
+
+/// Most threads of the pod's user: vCPUs, devices, containers' pids, the emulator's.
+/// Test: `the_jail_is_as_written`.
+pub const VMM_THREADS: u64 = 1024;
+
+/// Longest file that the VMM writes, in bytes, where the machine has no disk: its log and `exit.json`.
+/// Test: `the_jail_is_as_written`.
+pub const VMM_FILE_BYTES: u64 = 2 << 20;
+
 /// Bytes of the log of the VMM, and of that of the file server.
 /// Test: `a_flood_of_lines_ends_at_the_cap`.
 pub const LOG_BYTES: usize = 1 << 20;

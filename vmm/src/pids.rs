@@ -8,6 +8,8 @@ use std::io;
 use std::sync::mpsc::{Sender, channel};
 use std::thread::{Builder, JoinHandle};
 
+use crate::jail::seccomp::Kind;
+use crate::jail::threads;
 use crate::limits;
 
 /// Stack of a thread that does nothing.
@@ -46,14 +48,12 @@ impl Pids {
         }
         let (tell, told) = channel();
         let (end, ended) = channel::<Infallible>();
-        let thread = Builder::new()
-            .name("container".into())
-            .stack_size(STACK)
-            .spawn(move || {
-                let _ = tell.send(rustix::thread::gettid());
-                let _ = ended.recv();
-            })
-            .map_err(PidError::Thread)?;
+        let builder = Builder::new().name("container".into()).stack_size(STACK);
+        let body = move || {
+            let _ = tell.send(rustix::thread::gettid());
+            let _ = ended.recv();
+        };
+        let thread = threads::spawn(Kind::Pid, builder, body).map_err(PidError::Thread)?;
         let pid = told
             .recv()
             .map_err(|error| PidError::Thread(io::Error::other(error)))?;

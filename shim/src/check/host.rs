@@ -33,6 +33,12 @@ pub fn has_seccomp() -> bool {
     Path::new("/proc/sys/kernel/seccomp/actions_avail").exists()
 }
 
+/// Whether a process may make a user namespace (user_namespaces(7)).
+pub fn has_user_namespaces() -> bool {
+    let most = std::fs::read_to_string("/proc/sys/user/max_user_namespaces");
+    most.is_ok_and(|most| most.trim() != "0")
+}
+
 /// Version of Landlock's ABI.
 pub fn landlock_abi() -> Option<i64> {
     const CREATE_RULESET_VERSION: libc::c_ulong = 1;

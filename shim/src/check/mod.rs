@@ -295,6 +295,12 @@ fn kernel_items() -> Vec<Item> {
         "not enabled: the jails have one wall less".to_owned(),
         "boot with lsm=landlock,... (Linux 5.13 or newer)",
     ));
+    let user_namespaces = host::has_user_namespaces()
+        .then(|| "the file server has one of its own".to_owned())
+        .ok_or((
+            "off: the file server's rights are in the host's".to_owned(),
+            "set user.max_user_namespaces above 0",
+        ));
     vec![
         item("host kernel", Stops::Host, kernel),
         item("privilege", Stops::Host, root),
@@ -302,6 +308,7 @@ fn kernel_items() -> Vec<Item> {
         item("openat2", Stops::Host, openat2),
         item("seccomp", Stops::Host, seccomp),
         item("landlock", Stops::Host, landlock).or_warn(),
+        item("user namespaces", Stops::Host, user_namespaces).or_warn(),
     ]
 }
 

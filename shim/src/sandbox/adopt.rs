@@ -14,7 +14,7 @@ use super::{
     state::{self, ProcessId},
     state_error,
     timeline::Timeline,
-    wipe,
+    uplink, wipe,
 };
 use crate::config::Config;
 
@@ -86,6 +86,10 @@ impl Pod {
             ready.sizing.start.vcpus,
         )?;
         network.set_vmm(pid);
+        let (uplink, theirs) = uplink::pair().map_err(state_error(dir))?;
+        control.request(control::op("uplink"), vec![theirs]).await?;
+        // It was ready long ago.
+        drop(uplink.serve(network.clone()));
         let size = Size {
             vcpus: record.vcpus,
             memory_mib: record.memory_mib,

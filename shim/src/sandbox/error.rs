@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf, sync::Arc};
 
-use super::{control, machine::End, postmortem::PostMortem, state};
+use super::{control, machine::End, postmortem::PostMortem, state, user};
 
 /// Why a pod does not run.
 #[derive(Debug, thiserror::Error)]
@@ -21,6 +21,9 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// No user for it.
+    #[error("a user for the pod: {0}")]
+    User(#[from] user::Error),
     /// What the machine is made of.
     #[error("{what} {path}: {why}")]
     File {

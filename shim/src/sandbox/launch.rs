@@ -37,6 +37,8 @@ pub struct Launch<'a> {
     pub output: BorrowedFd<'a>,
     /// Its network namespace; without one a new one.
     pub net: Option<BorrowedFd<'a>>,
+    /// In a pid namespace of its own, as its first process.
+    pub own_pids: bool,
     /// Its cgroups.
     pub cgroups: &'a Membership,
 }
@@ -78,6 +80,9 @@ pub fn launch(launch: &Launch<'_>) -> io::Result<(OwnedFd, i32)> {
     how.flags = libc::CLONE_PIDFD as u64;
     how.pidfd = (&raw mut pidfd) as u64;
     how.exit_signal = libc::SIGCHLD as u64;
+    if launch.own_pids {
+        how.flags |= libc::CLONE_NEWPID as u64;
+    }
     if let Some(cgroup) = &launch.cgroups.unified {
         how.flags |= CLONE_INTO_CGROUP;
         how.cgroup = u64::try_from(cgroup.as_raw_fd()).map_err(io::Error::other)?;

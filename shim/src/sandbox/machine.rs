@@ -17,9 +17,10 @@ use super::{
     network,
     state::write_private,
     timeline::{OfVmm, Stages},
+    uplink,
 };
 use crate::{
-    config::{Config, Engine},
+    config::{Config, Engine, JailLayer},
     limits::EXIT_JSON,
     spec::CgroupPath,
 };
@@ -53,6 +54,14 @@ struct Machine<'a> {
     net: Vec<Net>,
     blocks: [(); 0],
     debug_shell: bool,
+    jail: Jail<'a>,
+}
+
+#[derive(Serialize)]
+struct Jail<'a> {
+    uid: u32,
+    gid: u32,
+    require: &'a [JailLayer],
 }
 
 #[derive(Serialize)]
@@ -64,6 +73,8 @@ struct Net {
 #[derive(Serialize)]
 struct Vsock {
     cid: u32,
+    ports: [u32; 2],
+    uplink_fd: i32,
 }
 
 #[derive(Serialize)]
@@ -77,7 +88,9 @@ pub fn write_machine(
     dir: &Path,
     config: &Config,
     sizing: Sizing,
+    uid: u32,
     workers: &[impl AsRawFd],
+    uplink: &impl AsRawFd,
 ) -> io::Result<()> {
     let machine = Machine {
         engine: config.engine,
@@ -88,7 +101,11 @@ pub fn write_machine(
         vcpus_max: sizing.most.vcpus,
         memory_max_mib: sizing.most.memory_mib,
         qemu: &config.qemu,
-        vsock: Vsock { cid: 3 },
+        vsock: Vsock {
+            cid: 3,
+            ports: uplink::PORTS,
+            uplink_fd: uplink.as_raw_fd(),
+        },
         fs: Fs {
             tag: "pod",
             worker_fds: workers.iter().map(AsRawFd::as_raw_fd).collect(),
@@ -101,6 +118,11 @@ pub fn write_machine(
             .collect(),
         blocks: [],
         debug_shell: config.debug_shell,
+        jail: Jail {
+            uid,
+            gid: uid,
+            require: &config.jail.require,
+        },
     };
     let text = serde_json::to_string(&machine).map_err(io::Error::other)?;
     write_private(&dir.join("machine.json"), &text)
@@ -252,12 +274,13 @@ mod tests {
                 memory_mib: 1024,
             },
         };
-        write_machine(dir.path(), &config, sizing, &fds).unwrap();
+        write_machine(dir.path(), &config, sizing, 7, &fds, &fds[0]).unwrap();
         let text = fs::read_to_string(dir.path().join("machine.json")).unwrap();
         let value: serde_json::Value = serde_json::from_str(&text).unwrap();
         let expected = serde_json::json!({
             "engine": "kvm", "kernel": "/opt/vmlinux", "initramfs": "/opt/initramfs.cpio", "vcpus": 2,
-            "memory_mib": 256, "vcpus_max": 4, "memory_max_mib": 1024, "qemu": "qemu-system-x86_64", "vsock": { "cid": 3 },
+            "memory_mib": 256, "vcpus_max": 4, "memory_max_mib": 1024, "qemu": "qemu-system-x86_64",
+            "vsock": { "cid": 3, "ports": [1026, 1028], "uplink_fd": fds[0].as_raw_fd() }, "jail": { "uid": 7, "gid": 7, "require": [] },
             "fs": { "tag": "pod", "worker_fds": [fds[0].as_raw_fd()] }, "blocks": [], "debug_shell": false,
             "net": [{ "id": "n0", "mac": "02:62:6b:00:00:00" }, { "id": "n1", "mac": "02:62:6b:00:00:01" },
                     { "id": "n2", "mac": "02:62:6b:00:00:02" }, { "id": "n3", "mac": "02:62:6b:00:00:03" }]

@@ -18,12 +18,15 @@ pub mod growth;
 mod launch;
 pub mod machine;
 pub mod network;
+pub mod pids;
 pub mod postmortem;
 pub mod record;
 pub mod rest;
 pub mod spawn;
 pub mod state;
 pub mod timeline;
+pub mod uplink;
+pub mod user;
 pub mod vsock;
 
 use std::{
@@ -34,12 +37,12 @@ use std::{
     time::Duration,
 };
 
-use bulkhead_protocol::{
-    agent,
-    agent_ttrpc::AgentClient,
-    limits::{AGENT_PORT, READY_PORT},
+use bulkhead_protocol::{agent, agent_ttrpc::AgentClient, limits::AGENT_PORT};
+use tokio::{
+    net::UnixStream,
+    sync::{mpsc, watch},
+    time::timeout,
 };
-use tokio::{net::UnixListener, sync::watch, time::timeout};
 use ttrpc::context::{self, Context};
 
 pub use self::error::Error;
@@ -101,7 +104,7 @@ impl Pod {
         sizing: Sizing,
         place: (Namespace, Option<CgroupPath>),
         timeline: Arc<Timeline>,
-    ) -> Result<(Arc<Self>, UnixListener), Error> {
+    ) -> Result<(Arc<Self>, Ready), Error> {
         let dir = state::pod_dir(&config.state, namespace, id)?;
         let record = Record::new(namespace, id, config, sizing.start);
         clear_stale(&dir, &format!("{namespace}/{id}"))?;
@@ -121,7 +124,7 @@ impl Pod {
         bundle: &Path,
         sizing: Sizing,
         (namespace, cgroup): (Namespace, Option<CgroupPath>),
-    ) -> Result<(Arc<Self>, UnixListener), Error> {
+    ) -> Result<(Arc<Self>, Ready), Error> {
         if config.engine == Engine::Emulated {
             tracing::warn!(
                 "engine \"emulated\": the guest runs on a software CPU, which is no wall"
@@ -139,10 +142,12 @@ impl Pod {
             let owner = Owner { shim, bundle };
             owner.save(dir).map_err(state_error(dir))?;
         }
-        let socket = dir.join(format!("vsock.sock_{READY_PORT}"));
-        let ready = UnixListener::bind(&socket).map_err(state_error(&socket))?;
-        let (for_vmm, for_fs) = spawn::fs_channels().map_err(state_error(dir))?;
-        machine::write_machine(dir, config, sizing, &for_vmm).map_err(state_error(dir))?;
+        let uid = user::claim(&config.state, dir, &config.jail)?;
+        let (uplink, for_uplink) = uplink::pair().map_err(state_error(dir))?;
+        let (mut for_vmm, for_fs) = spawn::fs_channels().map_err(state_error(dir))?;
+        machine::write_machine(dir, config, sizing, uid, &for_vmm, &for_uplink)
+            .map_err(state_error(dir))?;
+        for_vmm.push(for_uplink);
         let control = control::Client::new(dir.join("control.sock"));
         let network = Network::new(
             namespace,
@@ -152,18 +157,19 @@ impl Pod {
             sizing.start.vcpus,
         )?;
         let cgroups = cgroup::make(dir, &cgroup)?;
-        let in_cgroup = |net| Place {
+        let in_cgroup = |net, own_pids| Place {
             net,
+            own_pids,
             cgroups: &cgroups,
         };
-        let place = in_cgroup(Net::Of(network.namespace().as_fd()));
+        let place = in_cgroup(Net::Of(network.namespace().as_fd()), true);
         let (vmm, vmm_id) = child(&config.vmm, dir, "vmm", &for_vmm, place, Vec::new())?;
         network.set_vmm(vmm_id.pid.unsigned_abs());
         let workers = for_fs
             .iter()
             .flat_map(|fd| ["--worker-fd".to_owned(), fd.as_raw_fd().to_string()])
             .collect();
-        let place = in_cgroup(Net::Empty);
+        let place = in_cgroup(Net::Empty, false);
         let (fs, fs_id) = match child(&config.fs, dir, "fs", &for_fs, place, workers) {
             Ok(started) => started,
             Err(error) => {
@@ -180,6 +186,7 @@ impl Pod {
         let of = (name, config.engine);
         let helpers = [(vmm, vmm_id), (fs, fs_id)];
         let noted = (timeline, book);
+        let ready = uplink.serve(network.clone());
         let pod = Self::watched(of, dir, sizing, control, network, helpers, noted);
         Ok((Arc::new(pod), ready))
     }
@@ -222,9 +229,11 @@ impl Pod {
     }
 
     /// Waits until the agent serves, and connects to it.
-    pub async fn ready(&self, listener: UnixListener) -> Result<(), Error> {
+    pub async fn ready(&self, mut ready: Ready) -> Result<(), Error> {
         let booted = async {
-            let version = vsock::accept_ready(&listener).await.map_err(Error::Agent)?;
+            let version = vsock::accept_ready(&mut ready)
+                .await
+                .map_err(Error::Agent)?;
             if version != bulkhead_protocol::VERSION {
                 return Err(Error::Version(version));
             }
@@ -283,6 +292,7 @@ impl Pod {
         let answer = self.control.request(request, Vec::new()).await?;
         let pid = answer.get("pid").and_then(serde_json::Value::as_u64);
         pid.and_then(|pid| u32::try_from(pid).ok())
+            .and_then(|pid| pids::on_host(self.pid(), pid).ok())
             .ok_or_else(|| control::Error::no_answer("control.sock", "add-pid").into())
     }
 
@@ -291,7 +301,11 @@ impl Pod {
         if pid == self.pid() || self.end().is_some() {
             return;
         }
-        let request = control::remove_pid(pid);
+        // One that is gone needs no removal.
+        let Ok(local) = pids::in_namespace(self.pid(), pid) else {
+            return;
+        };
+        let request = control::remove_pid(local);
         if let Err(error) = self.control.request(request, Vec::new()).await {
             tracing::warn!(pid, %error, "a container's pid stays until the pod ends");
         }
@@ -403,6 +417,9 @@ impl Pod {
         .await;
     }
 }
+
+/// The guest's connections to the ready port.
+pub type Ready = mpsc::Receiver<UnixStream>;
 
 /// Checks what a machine is made of, before anything is started for it.
 pub async fn preflight(config: &Config) -> Result<(), Error> {

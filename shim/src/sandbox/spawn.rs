@@ -104,6 +104,8 @@ pub enum Net<'a> {
 pub struct Place<'a> {
     /// Its network.
     pub net: Net<'a>,
+    /// In a pid namespace of its own, as its first process.
+    pub own_pids: bool,
     /// Its cgroups.
     pub cgroups: &'a Membership,
 }
@@ -132,6 +134,7 @@ pub fn spawn(
             Net::Of(namespace) => Some(namespace),
             Net::Empty => None,
         },
+        own_pids: place.own_pids,
         cgroups: place.cgroups,
     })?;
     let (pidfd, pid) = launched;
@@ -172,6 +175,7 @@ mod tests {
         let cgroups = Membership::default();
         let place = Place {
             net: Net::Empty,
+            own_pids: false,
             cgroups: &cgroups,
         };
         let args = ["-c".to_owned(), script.to_owned()];
@@ -203,6 +207,7 @@ mod tests {
         let cgroups = Membership::default();
         let place = Place {
             net: Net::Empty,
+            own_pids: false,
             cgroups: &cgroups,
         };
         let none = dir.path().join("none");

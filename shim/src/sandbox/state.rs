@@ -16,7 +16,7 @@ use bulkhead_protocol::id;
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use sha2::{Digest, Sha256};
 
-/// Longest path of a state folder, so that `vsock.sock_1026` in it still fits in a socket address (107 bytes).
+/// Longest path of a state folder, so that the sockets in it still fit in a socket address (107 bytes).
 const DIR_MAX: usize = 91;
 
 /// Why an id cannot name a pod's folder.

@@ -9,7 +9,8 @@ use bulkhead_protocol::{
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{UnixListener, UnixStream},
+    net::UnixStream,
+    sync::mpsc,
     time::timeout,
 };
 
@@ -61,9 +62,10 @@ pub async fn connect_stream(
 }
 
 /// Waits for the agent's `ready <version>` and gives back the version. A guest that says something else is heard a few times.
-pub async fn accept_ready(listener: &UnixListener) -> io::Result<String> {
+pub async fn accept_ready(connections: &mut mpsc::Receiver<UnixStream>) -> io::Result<String> {
+    let gone = || io::Error::other("the VMM is gone");
     for _ in 0..READY_CONNECTIONS {
-        let (mut stream, _) = listener.accept().await?;
+        let mut stream = connections.recv().await.ok_or_else(gone)?;
         let line = match timeout(READY_LINE, read_line(&mut stream, VSOCK_LINE)).await {
             Ok(line) => line.unwrap_or_else(|error| error.to_string()),
             Err(late) => late.to_string(),
@@ -90,37 +92,30 @@ pub async fn read_line(stream: &mut UnixStream, max: usize) -> io::Result<String
 
 #[cfg(test)]
 mod tests {
+    use tokio::net::UnixListener;
+
     use super::*;
 
     #[tokio::test]
     async fn lines_on_the_ready_port_have_an_end() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("ready");
-        let listener = UnixListener::bind(&path).unwrap();
-        let guest = tokio::spawn(async move {
-            for junk in [vec![b'x'; VSOCK_LINE + 1], b"steady\n".to_vec()] {
-                let mut stream = UnixStream::connect(&path).await.unwrap();
-                let _ = stream.write_all(&junk).await;
-            }
-            // One that says nothing holds nobody up.
-            let silent = UnixStream::connect(&path).await.unwrap();
-            let mut stream = UnixStream::connect(&path).await.unwrap();
-            stream.write_all(b"ready 1.2.3\n").await.unwrap();
-            (silent, stream)
-        });
-        let version = accept_ready(&listener).await.unwrap();
-        assert_eq!(version, "1.2.3");
-        drop(guest.await.unwrap());
+        let (tell, mut ready) = mpsc::channel(READY_CONNECTIONS);
+        let long = vec![b'x'; VSOCK_LINE + 1];
+        let mut guests = Vec::new();
+        // One that says nothing holds nobody up.
+        for line in [long.as_slice(), b"steady\n", b"", b"ready 1.2.3\n"] {
+            let (mut guest, host) = UnixStream::pair().unwrap();
+            guest.write_all(line).await.unwrap();
+            guests.push(guest);
+            tell.send(host).await.unwrap();
+        }
+        assert_eq!(accept_ready(&mut ready).await.unwrap(), "1.2.3");
 
-        let path = dir.path().join("ready");
-        let flood = tokio::spawn(async move {
-            for _ in 0..READY_CONNECTIONS {
-                let mut stream = UnixStream::connect(&path).await.unwrap();
-                let _ = stream.write_all(b"steady\n").await;
-            }
-        });
-        assert!(accept_ready(&listener).await.is_err());
-        flood.await.unwrap();
+        for _ in 0..READY_CONNECTIONS {
+            let (mut guest, host) = UnixStream::pair().unwrap();
+            guest.write_all(b"steady\n").await.unwrap();
+            tell.send(host).await.unwrap();
+        }
+        assert!(accept_ready(&mut ready).await.is_err());
     }
 
     #[tokio::test]

@@ -1,5 +1,7 @@
 //! What the processes of a running pod are allowed, read from the live processes and compared with what is written here: at rest, under
-//! load, and after containers and volumes have come and gone.
+//! load, and after containers, volumes and networks have come and gone, and another shim has taken over.
+
+mod jail;
 
 use std::{collections::BTreeSet, fs, os::unix::fs::MetadataExt, path::Path};
 
@@ -16,11 +18,20 @@ use crate::posture;
 const BUSYBOX: &[Image] = &[Image::Busybox];
 
 /// The cases of this group.
-pub const TESTS: &[Test] = &[test!(
-    posture::the_file_server_is_as_written_at_rest_under_load_and_after_changes,
-    BUSYBOX,
-    MACHINES
-)];
+pub const TESTS: &[Test] = &[
+    test!(
+        posture::the_file_server_is_as_written_at_rest_under_load_and_after_changes,
+        BUSYBOX,
+        MACHINES
+    ),
+    test!(posture::jail::the_jail_is_as_written, BUSYBOX, MACHINES),
+    test!(
+        posture::jail::the_jail_is_as_written_with_networks,
+        &[Image::Net],
+        MACHINES
+    )
+    .networked(),
+];
 
 /// How a process stands, as far as it must not change.
 #[derive(Debug)]

@@ -47,7 +47,7 @@ pub const TESTS: &[Test] = &[
 ];
 
 /// Kills the shim and waits until another has taken over.
-fn kill(suite: &Suite, pod: &Pod<'_>, signal: Signal) -> Outcome {
+pub fn kill(suite: &Suite, pod: &Pod<'_>, signal: Signal) -> Outcome {
     let before = pod.shim()?;
     before.signal(signal)?;
     let end = Instant::now() + suite.scale.seconds(10);

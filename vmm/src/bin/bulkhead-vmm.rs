@@ -6,13 +6,12 @@ use std::time::Instant;
 
 use bulkhead_vmm::config::MachineConfig;
 use bulkhead_vmm::control::Control;
-use bulkhead_vmm::log;
-use bulkhead_vmm::machine::builder;
-use bulkhead_vmm::machine::end::{End, EndReason, EndSender, end_channel};
+use bulkhead_vmm::machine::end::{End, EndReason, EndSender, ExitFile, end_channel};
 use bulkhead_vmm::machine::readiness::Readiness;
+use bulkhead_vmm::machine::{Machine, builder};
 use bulkhead_vmm::serial::ConsoleRing;
+use bulkhead_vmm::{jail, log};
 use clap::Parser;
-use rustix::process::{Resource, getrlimit, setrlimit};
 use tracing_subscriber::EnvFilter;
 
 /// Runs one machine, described by machine.json in its state folder.
@@ -29,11 +28,17 @@ fn main() {
     let arguments = Arguments::parse();
     log_to_stderr();
     let console = ConsoleRing::new();
-    record_panics(&arguments.state_dir, &console, &readiness);
-    raise_descriptor_limit();
+    let exit = match ExitFile::create(&arguments.state_dir) {
+        Ok(exit) => exit,
+        Err(error) => {
+            tracing::error!(%error, folder = %arguments.state_dir.display(), "cannot make exit.json");
+            std::process::exit(1);
+        }
+    };
+    record_panics(&exit, &console, &readiness);
     let end = run(&arguments.state_dir, &console, &readiness);
     tracing::info!(reason = ?end.reason, "{}", end.detail);
-    if let Err(error) = end.record(&arguments.state_dir, &console, &readiness) {
+    if let Err(error) = end.record(&exit, &console, &readiness) {
         tracing::error!(%error, "cannot write exit.json");
     }
     // At once: vCPU and device threads end with the process.
@@ -62,17 +67,21 @@ fn run(state_dir: &Path, console: &Arc<ConsoleRing>, readiness: &Readiness) -> E
     end
 }
 
+/// Everything that takes rights; the jail; then the threads.
 fn start(
     config: &MachineConfig,
     console: &Arc<ConsoleRing>,
     sender: EndSender,
     readiness: &Readiness,
-) -> anyhow::Result<Arc<bulkhead_vmm::machine::Machine>> {
+) -> anyhow::Result<Arc<Machine>> {
     // Bound first, so that the shim can connect from the start.
     let control = Control::bind(&config.state_dir)?;
-    let machine = builder::build(config, console.clone(), sender.clone(), readiness.clone())?;
+    let built = builder::build(config, console, &sender, readiness)?;
+    jail::enter(config)?;
+    let machine = built.start(console.clone(), sender.clone(), readiness.clone())?;
     let machine = Arc::new(machine);
     control.serve(machine.clone(), sender)?;
+    jail::threads::confine_main();
     Ok(machine)
 }
 
@@ -80,18 +89,9 @@ fn failure(reason: EndReason, error: impl Into<anyhow::Error>) -> End {
     End::new(reason, format!("{:#}", error.into()))
 }
 
-/// Each vsock connection of the guest holds a descriptor; the limits table caps them.
-fn raise_descriptor_limit() {
-    let mut limit = getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    if let Err(error) = setrlimit(Resource::Nofile, limit) {
-        tracing::warn!(%error, "cannot raise the limit of open files");
-    }
-}
-
 /// A bug in this program ends the machine with a reason too.
-fn record_panics(state_dir: &Path, console: &Arc<ConsoleRing>, readiness: &Readiness) {
-    let (state_dir, console) = (state_dir.to_owned(), console.clone());
+fn record_panics(exit: &ExitFile, console: &Arc<ConsoleRing>, readiness: &Readiness) {
+    let (exit, console) = (exit.clone(), console.clone());
     let readiness = readiness.clone();
     std::panic::set_hook(Box::new(move |info| {
         let end = End::new(
@@ -99,7 +99,7 @@ fn record_panics(state_dir: &Path, console: &Arc<ConsoleRing>, readiness: &Readi
             format!("bug in bulkhead-vmm: {info}"),
         );
         tracing::error!("{}", end.detail);
-        let _ = end.record(&state_dir, &console, &readiness);
+        let _ = end.record(&exit, &console, &readiness);
         std::process::abort();
     }));
 }

@@ -1,4 +1,4 @@
-//! From a configuration to a running machine.
+//! From a configuration to a running machine: [`build`] before the jail, [`Built::start`] in it.
 
 use std::sync::Arc;
 
@@ -7,8 +7,8 @@ use super::growth::Size;
 use super::readiness::Readiness;
 use super::{Engine, Machine};
 use crate::config::{EngineKind, MachineConfig};
-use crate::engine::emulated::{EmulatedError, Emulator};
-use crate::engine::kvm::{KvmEngine, KvmError};
+use crate::engine::emulated::{EmulatedError, Emulator, Spawned};
+use crate::engine::kvm::{self, KvmEngine, KvmError};
 use crate::fs::inherited_sockets;
 use crate::limits;
 use crate::serial::ConsoleRing;
@@ -17,7 +17,7 @@ use crate::virtio::block::{Block, BlockError, Slot};
 use crate::virtio::fs::{Fs, FsError};
 use crate::virtio::net::{self, Net};
 use crate::virtio::rng::Rng;
-use crate::virtio::vsock::{MuxerError, Vsock};
+use crate::virtio::vsock::{MuxerError, Uplink, Vsock};
 
 /// Why a machine could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +31,9 @@ pub enum BuildError {
     /// A number in `fs.worker_fds` is no socket that we inherited.
     #[error("fs.worker_fds does not name inherited sockets")]
     WorkerFds(#[source] std::io::Error),
+    /// The same for `vsock.uplink_fd`.
+    #[error("vsock.uplink_fd does not name an inherited socket of packets")]
+    UplinkFd(#[source] std::io::Error),
     /// The file system device.
     #[error("cannot make the file system device")]
     Fs(#[source] FsError),
@@ -42,42 +45,100 @@ pub enum BuildError {
     Emulated(#[from] EmulatedError),
 }
 
-/// Builds and starts a machine. `readiness` takes note of how that goes; `end` hears when the machine is over.
+/// A machine that is built and does not run: all that takes rights is done, and there is no thread yet.
+pub struct Built {
+    engine: BuiltEngine,
+    devices: Devices,
+    size: Size,
+}
+
+enum BuiltEngine {
+    Kvm(kvm::Built),
+    Emulated(Spawned),
+}
+
+/// What the machine keeps of its devices.
+struct Devices {
+    slots: Vec<Arc<Slot>>,
+    nets: Vec<Arc<net::Slot>>,
+    uplink: Option<Arc<Uplink>>,
+}
+
+/// Builds a machine. `readiness` takes note of how its start goes; `end` hears when the machine is over.
 pub fn build(
     config: &MachineConfig,
-    console: Arc<ConsoleRing>,
-    end: EndSender,
-    readiness: Readiness,
-) -> Result<Machine, BuildError> {
-    let slots: Vec<Arc<Slot>> = config
-        .blocks
-        .iter()
-        .map(Slot::new)
-        .collect::<Result<_, _>>()?;
-    let nets = net_slots(config);
-    let devices = devices(config, &slots, &nets, &readiness, &end)?;
+    console: &Arc<ConsoleRing>,
+    end: &EndSender,
+    readiness: &Readiness,
+) -> Result<Built, BuildError> {
+    let slots = config.blocks.iter().map(Slot::new);
+    let slots: Vec<Arc<Slot>> = slots.collect::<Result<_, _>>()?;
+    let kept = Devices {
+        slots,
+        nets: net_slots(config),
+        uplink: uplink(config)?,
+    };
+    let devices = devices(config, &kept, readiness, end)?;
     let engine = match config.engine {
-        EngineKind::Kvm => Engine::Kvm(KvmEngine::start(
+        EngineKind::Kvm => BuiltEngine::Kvm(KvmEngine::build(
             config,
             devices,
             console.clone(),
             readiness.exits.clone(),
-            end,
+            end.clone(),
         )?),
-        EngineKind::Emulated => {
-            Engine::Emulated(Emulator::start(config, devices, console.clone(), end)?)
-        }
+        EngineKind::Emulated => BuiltEngine::Emulated(Emulator::spawn(config, devices)?),
     };
-    readiness.started();
-    Ok(Machine {
+    Ok(Built {
         engine,
-        slots,
-        nets,
-        console,
-        readiness,
-        paused: false.into(),
-        size: Size::new(config).into(),
+        devices: kept,
+        size: Size::new(config),
     })
+}
+
+impl Built {
+    /// Lets it run.
+    pub fn start(
+        self,
+        console: Arc<ConsoleRing>,
+        end: EndSender,
+        readiness: Readiness,
+    ) -> Result<Machine, BuildError> {
+        let engine = match self.engine {
+            BuiltEngine::Kvm(built) => Engine::Kvm(built.start()?),
+            BuiltEngine::Emulated(spawned) => {
+                Engine::Emulated(spawned.start(console.clone(), end)?)
+            }
+        };
+        readiness.started();
+        let Devices {
+            slots,
+            nets,
+            uplink,
+        } = self.devices;
+        Ok(Machine {
+            engine,
+            slots,
+            nets,
+            uplink,
+            console,
+            readiness,
+            paused: false.into(),
+            size: self.size.into(),
+        })
+    }
+}
+
+fn uplink(config: &MachineConfig) -> Result<Option<Arc<Uplink>>, BuildError> {
+    let Some(vsock) = &config.vsock else {
+        return Ok(None);
+    };
+    let inherited = match vsock.uplink_fd {
+        Some(fd) => inherited_sockets(&[fd]).map_err(BuildError::UplinkFd)?,
+        None => Vec::new(),
+    };
+    let uplink = Uplink::new(vsock.ports.clone(), inherited.into_iter().next());
+    Ok(Some(uplink))
 }
 
 /// One pair of queues is enough for a software CPU, whose emulator keeps the events that vhost would need.
@@ -95,17 +156,17 @@ fn net_slots(config: &MachineConfig) -> Vec<Arc<net::Slot>> {
 /// One device model for both engines.
 fn devices(
     config: &MachineConfig,
-    slots: &[Arc<Slot>],
-    nets: &[Arc<net::Slot>],
+    kept: &Devices,
     readiness: &Readiness,
     end: &EndSender,
 ) -> Result<Vec<Box<dyn VirtioDevice>>, BuildError> {
     let mut devices: Vec<Box<dyn VirtioDevice>> = vec![Box::new(Rng::default())];
-    if let Some(vsock) = &config.vsock {
+    if let (Some(vsock), Some(uplink)) = (&config.vsock, &kept.uplink) {
         let socket = config.state_dir.join("vsock.sock");
         let readiness = readiness.clone();
         let ready = Box::new(move || readiness.mark());
-        let device = Vsock::new(u64::from(vsock.cid), &socket, ready).map_err(BuildError::Vsock)?;
+        let device = Vsock::new(u64::from(vsock.cid), &socket, uplink.clone(), ready);
+        let device = device.map_err(BuildError::Vsock)?;
         devices.push(Box::new(device));
     }
     if let Some(fs) = &config.fs {
@@ -114,10 +175,10 @@ fn devices(
         let readiness = readiness.clone();
         devices.push(Box::new(device.seen_by(move || readiness.booted())));
     }
-    for slot in nets {
+    for slot in &kept.nets {
         devices.push(Box::new(Net::new(slot.clone())));
     }
-    for slot in slots {
+    for slot in &kept.slots {
         devices.push(Box::new(Block::new(slot.clone())));
     }
     Ok(devices)

@@ -1,8 +1,11 @@
 //! Why a machine ended, and the one place that every part reports it to.
 
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::{fs, io};
 
 use serde::Serialize;
 
@@ -77,10 +80,10 @@ impl End {
         )
     }
 
-    /// Writes `exit.json` into a state folder: whole or not at all.
+    /// Writes `exit.json`.
     pub fn record(
         &self,
-        state_dir: &Path,
+        file: &ExitFile,
         console: &ConsoleRing,
         readiness: &Readiness,
     ) -> io::Result<()> {
@@ -98,9 +101,30 @@ impl End {
             console: console.tail(limits::CONSOLE_TAIL_BYTES),
             times: readiness.times(),
         };
-        let temporary = state_dir.join("exit.json.new");
-        fs::write(&temporary, serde_json::to_vec(&record)?)?;
-        fs::rename(&temporary, state_dir.join("exit.json"))
+        file.write(&serde_json::to_vec(&record)?)
+    }
+}
+
+/// `exit.json`, opened while the state folder could be reached. Empty until the end; who reads it waits for the process's end.
+#[derive(Clone)]
+pub struct ExitFile(Arc<File>);
+
+impl ExitFile {
+    /// Makes it in a state folder.
+    pub fn create(state_dir: &Path) -> io::Result<Self> {
+        let file = File::options()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(state_dir.join("exit.json"))?;
+        Ok(Self(Arc::new(file)))
+    }
+
+    fn write(&self, text: &[u8]) -> io::Result<()> {
+        self.0.write_all_at(text, 0)?;
+        self.0.set_len(text.len() as u64)
     }
 }
 
@@ -153,19 +177,20 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let console = ConsoleRing::new();
         console.push(b"tail");
+        let readiness = Readiness::new(std::time::Instant::now());
+        let file = ExitFile::create(dir.path()).unwrap();
+        // Of two ends the last is whole.
+        let long = End::new(EndReason::GuestPanic, "x".repeat(1000));
+        long.record(&file, &console, &readiness).unwrap();
         End::new(EndReason::EngineFailed, "a\nb")
-            .record(
-                dir.path(),
-                &console,
-                &Readiness::new(std::time::Instant::now()),
-            )
+            .record(&file, &console, &readiness)
             .unwrap();
-        let text = fs::read_to_string(dir.path().join("exit.json")).unwrap();
+        let text = std::fs::read_to_string(dir.path().join("exit.json")).unwrap();
         let value: serde_json::Value = serde_json::from_str(&text).unwrap();
         assert_eq!(value["reason"], "engine-failed");
         assert_eq!(value["detail"], "a b");
         assert_eq!(value["console"], "tail");
         assert!(value["started_us"].is_null() && value["uptime_us"].is_u64());
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 }

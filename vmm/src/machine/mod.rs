@@ -7,6 +7,7 @@ pub mod readiness;
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::Serialize;
@@ -20,6 +21,7 @@ use crate::limits;
 use crate::serial::{ConsoleRing, Piece};
 use crate::virtio::block::{BlockError, Slot};
 use crate::virtio::net::{self, Attachment, NetError};
+use crate::virtio::vsock::Uplink;
 
 /// What runs the vCPUs of a machine.
 pub enum Engine {
@@ -38,6 +40,9 @@ pub enum MachineError {
     /// No network slot of that name.
     #[error("there is no network slot {0}")]
     NoNetSlot(String),
+    /// No vsock device.
+    #[error("this machine has no vsock device")]
+    NoVsock,
     /// The network slot refused.
     #[error(transparent)]
     Net(#[from] NetError),
@@ -63,6 +68,7 @@ pub struct Machine {
     engine: Engine,
     slots: Vec<Arc<Slot>>,
     nets: Vec<Arc<net::Slot>>,
+    uplink: Option<Arc<Uplink>>,
     console: Arc<ConsoleRing>,
     readiness: Readiness,
     paused: Mutex<bool>,
@@ -109,6 +115,13 @@ impl Machine {
             Engine::Emulated(emulator) => emulator.resume().map_err(MachineError::Emulator)?,
         }
         *paused = false;
+        Ok(())
+    }
+
+    /// The guest's connections to the host go by `socket` from now on.
+    pub fn uplink(&self, socket: OwnedFd) -> Result<(), MachineError> {
+        let uplink = self.uplink.as_ref().ok_or(MachineError::NoVsock)?;
+        uplink.replace(socket);
         Ok(())
     }
 

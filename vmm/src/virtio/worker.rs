@@ -8,6 +8,8 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::ActivateError;
+use crate::jail::seccomp::Kind;
+use crate::jail::threads;
 
 /// A running thread; dropping it stops the thread and waits for it.
 pub struct Worker {
@@ -59,24 +61,23 @@ impl Worker {
                 )
                 .map_err(failed("watch a descriptor"))?;
         }
-        let thread = std::thread::Builder::new()
-            .name(name.to_owned())
-            .spawn(move || {
-                // What came before the device started has no event of its own.
-                let mut alive = serve();
-                while let Some(ready) = wait(&epoll, alive) {
-                    for token in ready {
-                        if let Some(event) = usize::try_from(token).ok().and_then(|i| events.get(i))
-                        {
-                            // Nonblocking; nothing to read means that somebody else was quicker.
-                            let _ = event.read();
-                        }
+        let builder = std::thread::Builder::new().name(name.to_owned());
+        let body = move || {
+            // What came before the device started has no event of its own.
+            let mut alive = serve();
+            while let Some(ready) = wait(&epoll, alive) {
+                for token in ready {
+                    if let Some(event) = usize::try_from(token).ok().and_then(|i| events.get(i)) {
+                        // Nonblocking; nothing to read means that somebody else was quicker.
+                        let _ = event.read();
                     }
-                    alive = alive && serve();
                 }
-                drop((ours, sources));
-            })
-            .map_err(failed("start a thread"))?;
+                alive = alive && serve();
+            }
+            drop((ours, sources));
+        };
+        let thread =
+            threads::spawn(Kind::Device, builder, body).map_err(failed("start a thread"))?;
         Ok(Self {
             stop,
             thread: Some(thread),

@@ -44,8 +44,8 @@ use netlink_packet_route::{
 use netlink_sys::Socket;
 use serde_json::json;
 use tokio::{
+    net::UnixStream,
     sync::{Mutex, Notify, OwnedMutexGuard},
-    task::JoinSet,
 };
 
 use self::{
@@ -107,9 +107,6 @@ pub enum Error {
     /// The guest does not take it.
     #[error("setting the guest's network: {0}")]
     Agent(#[source] ttrpc::Error),
-    /// The way to Docker's resolver.
-    #[error("the socket for queries to 127.0.0.11: {0}")]
-    Resolver(#[source] io::Error),
     /// The pod is over.
     #[error("the pod's network is closed")]
     Closed,
@@ -138,6 +135,7 @@ pub struct Network {
     /// Told once the guest has an interface.
     plugged: Notify,
     vmm: OnceLock<u32>,
+    queries: resolver::Queries,
 }
 
 /// What is done so far. Whoever holds it is the only one who changes anything.
@@ -148,7 +146,6 @@ struct Served {
     failed: BTreeSet<u32>,
     /// What the guest has; none if a call failed, so that nobody knows.
     sent: Option<SetNetworkRequest>,
-    resolver: Option<JoinSet<()>>,
     closed: bool,
 }
 
@@ -252,18 +249,23 @@ impl Network {
                 slots: std::array::from_fn(|_| None),
                 failed: BTreeSet::new(),
                 sent: Some(SetNetworkRequest::new()),
-                resolver: None,
                 closed: false,
             })),
             changes: std::sync::Mutex::new(Some(changes)),
             plugged: Notify::new(),
             vmm: OnceLock::new(),
+            queries: resolver::Queries::default(),
         }))
     }
 
     /// The process that is in it for the pod.
     pub fn set_vmm(&self, pid: u32) {
         let _ = self.vmm.set(pid);
+    }
+
+    /// Answers a query of the guest's to Docker's resolver.
+    pub fn answer(self: &Arc<Self>, query: UnixStream) {
+        self.queries.answer(query, self.clone());
     }
 
     /// Its namespace.
@@ -294,10 +296,6 @@ impl Network {
             .await
             .map_err(|e| Error::Read(io::Error::other(e)))?;
         let (request, failure) = result?;
-        if request.resolver && served.resolver.is_none() {
-            let serving = resolver::serve(&self.dir, self);
-            served.resolver = Some(serving.map_err(Error::Resolver)?);
-        }
         if let Some(agent) = agent {
             if !request.interfaces.is_empty() {
                 self.plugged.notify_one();
@@ -497,7 +495,6 @@ impl Network {
         self.control.end();
         let mut served = self.served.blocking_lock();
         served.closed = true;
-        served.resolver = None;
         let served = &mut *served;
         for slot in served.slots.iter_mut().filter_map(Option::take) {
             take_off(&mut served.netlink, &slot);

@@ -1,22 +1,20 @@
 //! Docker's resolver: in user-defined networks resolv.conf names 127.0.0.11, where dockerd listens inside the pod's namespace. The guest's
-//! agent takes the queries there and brings each to host port [`RESOLVER_PORT`]; from here it goes to 127.0.0.11:53 in the namespace, by TCP,
+//! agent takes the queries there and brings each to host port `RESOLVER_PORT`; from here it goes to 127.0.0.11:53 in the namespace, by TCP,
 //! and to nothing else.
 
 use std::{
     fs, io,
     net::{Ipv4Addr, SocketAddr},
-    path::Path,
     sync::Arc,
     time::Duration,
 };
 
-use bulkhead_protocol::limits::{FORWARD_BUFFER, RESOLVER_PORT, RESOLVER_QUERIES_MAX};
+use bulkhead_protocol::limits::{FORWARD_BUFFER, RESOLVER_QUERIES_MAX};
 use tokio::{
     io::copy_bidirectional_with_sizes,
-    net::{TcpStream, UnixListener, UnixStream},
+    net::{TcpStream, UnixStream},
     sync::Semaphore,
-    task::JoinSet,
-    time::{sleep, timeout},
+    time::timeout,
 };
 
 use super::Network;
@@ -28,8 +26,6 @@ const PORT: u16 = 53;
 const QUERY: Duration = Duration::from_secs(30);
 /// How long dockerd may take to accept.
 const CONNECT: Duration = Duration::from_secs(5);
-/// How long to wait when the shim is out of descriptors.
-const EXHAUSTED: Duration = Duration::from_millis(200);
 
 /// Whether somebody listens on 127.0.0.11 in the namespace of the process.
 pub fn is_there(pid: u32) -> bool {
@@ -46,25 +42,25 @@ fn listens(table: &str) -> bool {
     local.any(|l| l.starts_with(&address))
 }
 
-/// Answers the guest's queries as long as the value lives.
-pub fn serve(dir: &Path, network: &Arc<Network>) -> io::Result<JoinSet<()>> {
-    let listener = UnixListener::bind(dir.join(format!("vsock.sock_{RESOLVER_PORT}")))?;
-    let mut tasks = JoinSet::new();
-    tasks.spawn(accept(listener, network.clone(), PORT));
-    Ok(tasks)
+/// The queries of a pod that are under way.
+pub struct Queries(Arc<Semaphore>);
+
+impl Default for Queries {
+    fn default() -> Self {
+        Self(Arc::new(Semaphore::new(RESOLVER_QUERIES_MAX)))
+    }
 }
 
-async fn accept(listener: UnixListener, network: Arc<Network>, port: u16) {
-    let queries = Arc::new(Semaphore::new(RESOLVER_QUERIES_MAX));
-    loop {
-        let Ok((stream, _)) = listener.accept().await else {
-            sleep(EXHAUSTED).await;
-            continue;
+impl Queries {
+    /// Answers one of the guest's; one too many is closed, and the guest asks again.
+    pub fn answer(&self, stream: UnixStream, network: Arc<Network>) {
+        self.answer_by(stream, network, PORT);
+    }
+
+    fn answer_by(&self, stream: UnixStream, network: Arc<Network>, port: u16) {
+        let Ok(permit) = self.0.clone().try_acquire_owned() else {
+            return;
         };
-        let Ok(permit) = queries.clone().try_acquire_owned() else {
-            continue; // The guest asks again.
-        };
-        let network = network.clone();
         tokio::spawn(async move {
             let answered = timeout(QUERY, ask(stream, network, port)).await;
             if let Ok(Err(error)) = answered {
@@ -123,10 +119,8 @@ mod tests {
         docker.set_nonblocking(true).unwrap();
         let docker = tokio::net::TcpListener::from_std(docker).unwrap();
         let port = docker.local_addr().unwrap().port();
-        let path = dir.path().join("vsock.sock_1028");
-        let listener = UnixListener::bind(&path).unwrap();
-        let _serving = tokio::spawn(accept(listener, network, port));
-        let mut guest = UnixStream::connect(&path).await.unwrap();
+        let (mut guest, host) = UnixStream::pair().unwrap();
+        Queries::default().answer_by(host, network, port);
         guest.write_all(b"\0\x03who").await.unwrap();
         let (mut stream, _) = docker.accept().await.unwrap();
         let mut query = [0; 5];

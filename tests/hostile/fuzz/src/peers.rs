@@ -1,9 +1,10 @@
 //! The devices, and what is on the host's side of each.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -12,10 +13,11 @@ use bulkhead_vmm::machine::end::end_channel;
 use bulkhead_vmm::virtio::fs::Fs;
 use bulkhead_vmm::virtio::net::{Attachment, Net, Rate, Slot as NetSlot};
 use bulkhead_vmm::virtio::rng::Rng;
-use bulkhead_vmm::virtio::vsock::Vsock;
+use bulkhead_vmm::virtio::vsock::{Uplink, Vsock};
 use bulkhead_vmm::virtio::{VirtioDevice, block};
 use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, SocketFlags,
+    SocketType, recv, recvmsg, send, socketpair,
 };
 use vmm_sys_util::eventfd::EventFd;
 
@@ -29,12 +31,12 @@ pub enum Host {
     None,
     /// The disk behind a device that may only read it.
     Disk(File),
-    /// A folder with the device's socket, a listener that the guest can reach, and clients.
+    /// A folder with the device's socket, the shim's end of its uplink, and clients.
     Sockets {
         /// The folder.
         folder: tempfile::TempDir,
-        /// Port 1026.
-        listener: UnixListener,
+        /// The guest's connections to port 1026 come here.
+        uplink: OwnedFd,
         /// Everything that is open.
         streams: Vec<UnixStream>,
     },
@@ -119,15 +121,17 @@ fn net() -> (Box<dyn VirtioDevice>, Host) {
 fn vsock() -> (Box<dyn VirtioDevice>, Host) {
     let folder = tempfile::tempdir_in("/dev/shm").expect("a folder");
     let socket = folder.path().join("vsock.sock");
-    let device = Vsock::new(3, &socket, Box::new(|| ())).expect("a device");
-    let listener = UnixListener::bind(folder.path().join("vsock.sock_1026")).expect("a listener");
-    listener.set_nonblocking(true).expect("a listener");
+    let flags = SocketFlags::CLOEXEC;
+    let (ours, uplink) =
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).expect("sockets");
+    let way = Uplink::new(vec![1026], Some(ours));
+    let device = Vsock::new(3, &socket, way, Box::new(|| ())).expect("a device");
     let streams = Vec::new();
     (
         Box::new(device),
         Host::Sockets {
             folder,
-            listener,
+            uplink,
             streams,
         },
     )
@@ -166,6 +170,20 @@ fn answer(socket: &OwnedFd, wrong: &EventFd) {
             return;
         }
     }
+}
+
+/// A connection of the guest's that has come.
+fn arrived(uplink: &OwnedFd) -> Option<UnixStream> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let mut port = [0; 4];
+    let mut parts = [IoSliceMut::new(&mut port)];
+    let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+    recvmsg(uplink, &mut parts, &mut ancillary, flags).ok()?;
+    let RecvAncillaryMessage::ScmRights(mut sockets) = ancillary.drain().next()? else {
+        return None;
+    };
+    sockets.next().map(UnixStream::from)
 }
 
 /// The queue that a device takes requests from.
@@ -261,14 +279,11 @@ impl Host {
         match self {
             Self::Sockets {
                 folder,
-                listener,
+                uplink,
                 streams,
             } => match what % 6 {
                 0 => {
-                    if let Ok((stream, _)) = listener.accept() {
-                        let _ = stream.set_nonblocking(true);
-                        streams.push(stream);
-                    }
+                    streams.extend(arrived(uplink));
                 }
                 1 if streams.len() < 64 => {
                     if let Ok(mut stream) = UnixStream::connect(folder.path().join("vsock.sock")) {

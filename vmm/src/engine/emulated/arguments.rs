@@ -3,7 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::os::fd::RawFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::EmulatedError;
 use crate::arch::x86_64::{cmdline, layout};
@@ -74,13 +74,7 @@ impl Frontend {
             Socket::Inherited(fd) => value.push(format!("fd={fd}")),
             Socket::Listening(path) => {
                 value.push("path=");
-                // A comma ends a value unless it is doubled.
-                let bytes = path.as_os_str().as_bytes();
-                let escaped: Vec<u8> = bytes
-                    .iter()
-                    .flat_map(|byte| std::iter::repeat_n(*byte, 1 + usize::from(*byte == b',')))
-                    .collect();
-                value.push(OsString::from_vec(escaped));
+                value.push(escaped(path));
             }
         }
         value
@@ -106,8 +100,22 @@ impl Frontend {
     }
 }
 
+/// A comma ends a value unless it is doubled.
+fn escaped(path: &Path) -> OsString {
+    let bytes = path.as_os_str().as_bytes().iter();
+    let doubled = bytes.flat_map(|byte| std::iter::repeat_n(*byte, 1 + usize::from(*byte == b',')));
+    OsString::from_vec(doubled.collect())
+}
+
 /// All arguments. Sizes are numbers and paths stand alone, so nothing in the configuration can become an option.
-pub fn arguments(config: &MachineConfig, frontends: &[Frontend], tsc_khz: u64) -> Vec<OsString> {
+///
+/// Before the first instruction of the guest the emulator changes into the empty folder `root` and becomes the pod's user.
+pub fn arguments(
+    config: &MachineConfig,
+    frontends: &[Frontend],
+    root: &Path,
+    tsc_khz: u64,
+) -> Vec<OsString> {
     let boot = config.memory_bytes();
     // The emulator has the machine's reserve as well; the guest's kernel is told to leave it.
     let memory = layout::mapping_len(boot, config.reserve_bytes()) >> 20;
@@ -130,6 +138,7 @@ pub fn arguments(config: &MachineConfig, frontends: &[Frontend], tsc_khz: u64) -
     ) {
         command_line.push_str(&format!(" mem={}M", last.end() >> 20));
     }
+    let user = format!("user={}:{}", config.jail.uid, config.jail.gid);
     let pairs = [
         // Nothing of a PC but what the kernel needs for its clocks, and the port for its messages.
         (
@@ -145,15 +154,20 @@ pub fn arguments(config: &MachineConfig, frontends: &[Frontend], tsc_khz: u64) -
         ("-monitor", "none"),
         ("-chardev", "stdio,id=console,signal=off"),
         ("-serial", "chardev:console"),
+        // The change of user below is one of the calls that `elevateprivileges` denies, and leaves nothing to elevate.
         (
             "-sandbox",
-            "on,obsolete=deny,elevateprivileges=deny,spawn=deny",
+            "on,obsolete=deny,spawn=deny,resourcecontrol=deny",
         ),
+        ("-run-with", &user),
         ("-append", &command_line),
     ];
     for (option, value) in pairs {
         add(option, OsStr::new(value));
     }
+    let mut chroot = OsString::from("chroot=");
+    chroot.push(escaped(root));
+    add("-run-with", &chroot);
     add("-m", OsStr::new(&format!("{memory}M")));
     add("-smp", OsStr::new(&config.vcpus_max().to_string()));
     add("-kernel", config.kernel.as_os_str());
@@ -191,7 +205,7 @@ mod tests {
             Frontend::new(&device, Socket::Inherited(7)).unwrap(),
             Frontend::new(&net, Socket::Listening("/a,b/net".into())).unwrap(),
         ];
-        let list = arguments(&config, &frontends, 2_000_000);
+        let list = arguments(&config, &frontends, Path::new("/s,t/root"), 2_000_000);
         let after = |option: &str| {
             let at = list.iter().position(|argument| argument == option).unwrap();
             list[at + 1].to_str().unwrap()
@@ -205,6 +219,8 @@ mod tests {
             "vhost-user-fs-device,num-request-queues=1,queue-size=512,tag=pod,chardev=vhost0"
         );
         assert!(list.contains(&"socket,id=vhost1,path=/a,,b/net".into()));
+        assert!(list.contains(&"chroot=/s,,t/root".into()));
+        assert!(list.contains(&"user=65534:65534".into()));
         let net = "virtio-net-device,netdev=net1,mac=02:00:00:00:00:01";
         assert!(list.contains(&net.into()));
     }
@@ -217,7 +233,7 @@ mod tests {
                 "vcpus_max": 4, "memory_mib": memory, "memory_max_mib": memory + 256});
             std::fs::write(folder.path().join("machine.json"), json.to_string()).unwrap();
             let config = MachineConfig::load(folder.path()).unwrap();
-            let list = super::arguments(&config, &[], 2_000_000);
+            let list = super::arguments(&config, &[], folder.path(), 2_000_000);
             let after = |option: &str| {
                 let at = list.iter().position(|argument| argument == option).unwrap();
                 list[at + 1].to_str().unwrap().to_owned()

@@ -5,7 +5,8 @@
 //! process's rights. Called by the machine's builder when the configuration names the engine.
 //!
 //! The emulator is a child that dies with us (PR_SET_PDEATHSIG), whatever ends us. That signal follows the thread that
-//! made the child, so a thread of its own starts the emulator, waits for it and reports the end.
+//! made the child: the process's first, which is there to the end. It is made before the jail is entered ([`Emulator::spawn`]) and
+//! served from within ([`Spawned::start`]).
 
 mod arguments;
 mod output;
@@ -18,17 +19,23 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
-use std::sync::mpsc::{Sender, channel};
 
-use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::io::{Errno, FdFlags, fcntl_setfd};
+use rustix::mount::{MountPropagationFlags, mount_change};
 use rustix::process::{
     Pid, PidfdFlags, Signal, getppid, pidfd_open, pidfd_send_signal,
     set_parent_process_death_signal,
+};
+use rustix::thread::{
+    CapabilitySet, UnshareFlags, remove_capability_from_bounding_set, set_no_new_privs,
+    unshare_unsafe,
 };
 
 use self::arguments::{Frontend, Socket};
 use self::output::Tail;
 use crate::config::MachineConfig;
+use crate::jail::seccomp::Kind;
+use crate::jail::threads;
 use crate::machine::end::{End, EndReason, EndSender};
 use crate::serial::ConsoleRing;
 use crate::virtio::VirtioDevice;
@@ -36,6 +43,8 @@ use crate::virtio::transport::vhost_user;
 
 /// The device whose frontend does not take a socket that is connected already.
 const NETWORK: &str = "net";
+/// The emulator's root, an empty folder of the state folder.
+const ROOT: &str = "root";
 /// Older ones corrupt a guest with several vCPUs.
 const OLDEST_MAJOR: u32 = 10;
 
@@ -91,14 +100,25 @@ pub struct Emulator {
     pidfd: OwnedFd,
 }
 
+/// An emulator that was started and waits for its devices.
+pub struct Spawned {
+    emulator: Emulator,
+    child: Child,
+    served: Vec<(Box<dyn VirtioDevice>, Served)>,
+}
+
+/// Where a device's frontend speaks.
+enum Served {
+    Connected(UnixStream),
+    Listening(UnixListener),
+}
+
 impl Emulator {
-    /// Starts the machine; its end is reported to `end`. Guest output goes to `console`.
-    pub fn start(
+    /// Starts the program, confined as far as it can be; it does not come to the guest's first instruction before its devices answer.
+    pub fn spawn(
         config: &MachineConfig,
         devices: Vec<Box<dyn VirtioDevice>>,
-        console: Arc<ConsoleRing>,
-        end: EndSender,
-    ) -> Result<Self, EmulatedError> {
+    ) -> Result<Spawned, EmulatedError> {
         tracing::warn!(
             "engine `emulated`: QEMU runs this guest in software; it is slow and NO security boundary"
         );
@@ -108,54 +128,102 @@ impl Emulator {
         let mut command = Command::new(&config.qemu);
         let mut sockets = Vec::new();
         let mut frontends = Vec::new();
+        let mut served = Vec::new();
         for device in devices {
             let socket_error = "make a vhost-user socket";
-            let thread_error = "start a vhost-user thread";
-            if device.name() == NETWORK {
-                let path = config
-                    .state_dir
-                    .join(format!("net{}.sock", frontends.len()));
+            let (socket, way) = if device.name() == NETWORK {
+                let name = format!("net{}.sock", frontends.len());
+                let path = config.state_dir.join(name);
                 let listener = UnixListener::bind(&path).map_err(io_error(socket_error))?;
-                frontends.push(Frontend::new(&*device, Socket::Listening(path))?);
-                vhost_user::serve_listener(device, listener, end.clone())
-                    .map_err(io_error(thread_error))?;
-                continue;
-            }
-            let (ours, theirs) = UnixStream::pair().map_err(io_error(socket_error))?;
-            let inherited = Socket::Inherited(theirs.as_raw_fd());
-            frontends.push(Frontend::new(&*device, inherited)?);
-            vhost_user::serve(device, ours, end.clone()).map_err(io_error(thread_error))?;
-            sockets.push(theirs);
+                (Socket::Listening(path), Served::Listening(listener))
+            } else {
+                let (ours, theirs) = UnixStream::pair().map_err(io_error(socket_error))?;
+                let inherited = Socket::Inherited(theirs.as_raw_fd());
+                sockets.push(theirs);
+                (inherited, Served::Connected(ours))
+            };
+            frontends.push(Frontend::new(&*device, socket)?);
+            served.push((device, way));
         }
+        let root = config.state_dir.join(ROOT);
+        std::fs::create_dir_all(&root).map_err(io_error("make the emulator's root"))?;
         command.args(arguments::arguments(
             config,
             &frontends,
+            &root,
             clock.khz_until_now(),
         ));
         command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
-
-        let (started, answer) = channel();
-        std::thread::Builder::new()
-            .name("emulator".into())
-            .spawn(move || supervise(command, sockets, &console, &started, &end))
-            .map_err(io_error("start the emulator's thread"))?;
-        let gone = || io::Error::other("its thread ended");
-        let pid = answer
-            .recv()
-            .unwrap_or_else(|_| Err(gone()))
-            .map_err(io_error("start the emulator"))?;
+        let child = spawn(&mut command, sockets).map_err(io_error("start the emulator"))?;
+        let pid = child.id();
+        let gone = || io::Error::other("it has no pid");
         let pidfd = i32::try_from(pid)
             .ok()
             .and_then(Pid::from_raw)
             .ok_or_else(gone)
             .and_then(|pid| Ok(pidfd_open(pid, PidfdFlags::empty())?))
             .map_err(io_error("open the emulator's pidfd"))?;
-        Ok(Self { pid, pidfd })
+        Ok(Spawned {
+            emulator: Self { pid, pidfd },
+            child,
+            served,
+        })
     }
+}
 
+impl Spawned {
+    /// Serves its devices; the machine's end is reported to `end`. Guest output goes to `console`.
+    pub fn start(
+        self,
+        console: Arc<ConsoleRing>,
+        end: EndSender,
+    ) -> Result<Emulator, EmulatedError> {
+        // Whatever fails ends the emulator.
+        let Self {
+            emulator,
+            mut child,
+            served,
+        } = self;
+        let thread_error = "start a vhost-user thread";
+        for (device, way) in served {
+            let thread = match way {
+                Served::Connected(socket) => vhost_user::serve(device, socket, end.clone()),
+                Served::Listening(listener) => {
+                    vhost_user::serve_listener(device, listener, end.clone())
+                }
+            };
+            thread.map_err(io_error(thread_error))?;
+        }
+        let tail = Tail::default();
+        let stdout = output::forward(child.stdout.take(), "console", {
+            let console = console.clone();
+            move |bytes| console.push(bytes)
+        });
+        let stderr = output::forward(child.stderr.take(), "emulator-err", {
+            let tail = tail.clone();
+            move |bytes| tail.push(bytes)
+        });
+        let readers = [stdout, stderr].map(|reader| reader.map_err(io_error(thread_error)));
+        let [stdout, stderr] = readers;
+        let readers = [stdout?, stderr?];
+        let builder = std::thread::Builder::new().name("emulator".into());
+        threads::spawn(Kind::Emulator, builder, move || {
+            let status = child.wait();
+            // What it said last counts for the reason.
+            for reader in readers {
+                drop(reader.join());
+            }
+            end.send(end_of(status, &console, &tail));
+        })
+        .map_err(io_error("start the emulator's thread"))?;
+        Ok(emulator)
+    }
+}
+
+impl Emulator {
     /// The emulator's process ID.
     pub fn pid(&self) -> u32 {
         self.pid
@@ -191,40 +259,6 @@ impl Drop for Emulator {
     }
 }
 
-/// The emulator's thread: from start to end.
-fn supervise(
-    mut command: Command,
-    sockets: Vec<UnixStream>,
-    console: &Arc<ConsoleRing>,
-    started: &Sender<io::Result<u32>>,
-    end: &EndSender,
-) {
-    let spawned = spawn(&mut command, sockets).and_then(|mut child| {
-        let tail = Tail::default();
-        let stdout = output::forward(child.stdout.take(), "console", {
-            let console = console.clone();
-            move |bytes| console.push(bytes)
-        })?;
-        let stderr = output::forward(child.stderr.take(), "emulator-err", {
-            let tail = tail.clone();
-            move |bytes| tail.push(bytes)
-        })?;
-        Ok((child, [stdout, stderr], tail))
-    });
-    let (mut child, readers, tail) = match spawned {
-        Ok(running) => running,
-        Err(error) => return drop(started.send(Err(error))),
-    };
-    drop(started.send(Ok(child.id())));
-
-    let status = child.wait();
-    // What it said last counts for the reason.
-    for reader in readers {
-        drop(reader.join());
-    }
-    end.send(end_of(status, console, &tail));
-}
-
 fn spawn(command: &mut Command, sockets: Vec<UnixStream>) -> io::Result<Child> {
     let parent = rustix::process::getpid();
     let child_sockets: Vec<OwnedFd> = sockets.into_iter().map(OwnedFd::from).collect();
@@ -237,11 +271,30 @@ fn spawn(command: &mut Command, sockets: Vec<UnixStream>) -> io::Result<Child> {
         for socket in &child_sockets {
             fcntl_setfd(socket, FdFlags::empty())?;
         }
-        Ok(())
+        confine()
     };
     // SAFETY: between fork and exec only system calls are made: nothing is allocated and no lock is taken.
     let child = unsafe { command.pre_exec(prepare) }.spawn()?;
     Ok(child)
+}
+
+/// Namespaces of its own, and no more capabilities than its change of root and user takes; these go with the user.
+fn confine() -> io::Result<()> {
+    let apart =
+        UnshareFlags::NEWNS | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS | UnshareFlags::NEWNET;
+    // SAFETY: the only unsoundness of unshare is with CLONE_FILES, which is not passed.
+    unsafe { unshare_unsafe(apart) }?;
+    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+    mount_change("/", private)?;
+    let kept = CapabilitySet::SYS_CHROOT | CapabilitySet::SETUID | CapabilitySet::SETGID;
+    for one in (CapabilitySet::all() - kept).iter() {
+        match remove_capability_from_bounding_set(one) {
+            // One that this kernel does not know is in no set.
+            Ok(()) | Err(Errno::INVAL) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(set_no_new_privs(true)?)
 }
 
 fn end_of(status: io::Result<ExitStatus>, console: &ConsoleRing, tail: &Tail) -> End {

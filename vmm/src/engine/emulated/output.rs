@@ -5,6 +5,9 @@ use std::io::{self, Read};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use crate::jail::seccomp::Kind;
+use crate::jail::threads;
+
 /// Bytes of the emulator's stderr kept for the report of a failure.
 const TAIL_BYTES: usize = 2048;
 
@@ -35,20 +38,19 @@ pub fn forward(
     name: &str,
     mut take: impl FnMut(&[u8]) + Send + 'static,
 ) -> io::Result<JoinHandle<()>> {
-    std::thread::Builder::new()
-        .name(name.into())
-        .spawn(move || {
-            let Some(mut stream) = stream else { return };
-            let mut buffer = [0; 4096];
-            loop {
-                match stream.read(&mut buffer) {
-                    Ok(0) => return,
-                    Ok(n) => take(buffer.get(..n).unwrap_or_default()),
-                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                    Err(_) => return,
-                }
+    let builder = std::thread::Builder::new().name(name.into());
+    threads::spawn(Kind::Emulator, builder, move || {
+        let Some(mut stream) = stream else { return };
+        let mut buffer = [0; 4096];
+        loop {
+            match stream.read(&mut buffer) {
+                Ok(0) => return,
+                Ok(n) => take(buffer.get(..n).unwrap_or_default()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return,
             }
-        })
+        }
+    })
 }
 
 #[cfg(test)]

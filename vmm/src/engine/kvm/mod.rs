@@ -1,6 +1,6 @@
 //! Engine `kvm`: our own machine on `/dev/kvm`.
 //!
-//! [`KvmEngine::start`] reads top-down: host, VM, memory, devices, guest images, vCPUs. The interrupt controllers and the
+//! [`KvmEngine::build`] reads top-down: host, VM, memory, devices, guest images, vCPUs. The interrupt controllers and the
 //! timer are in the kernel; ports and MMIO come to the vCPU loop ([`vcpu`]); virtio kicks and interrupts pass
 //! by eventfds without it.
 
@@ -107,6 +107,22 @@ fn kvm_error(step: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> KvmError {
     move |source| KvmError::Kvm { step, source }
 }
 
+/// A machine before its start.
+pub struct Built {
+    engine: KvmEngine,
+    vcpus: Vec<VcpuFd>,
+}
+
+impl Built {
+    /// Starts the vCPUs.
+    pub fn start(self) -> Result<KvmEngine, KvmError> {
+        for (id, fd) in (0u8..).zip(self.vcpus) {
+            self.engine.run(id, fd)?;
+        }
+        Ok(self.engine)
+    }
+}
+
 /// A machine whose vCPUs run.
 pub struct KvmEngine {
     shared: Arc<Shared>,
@@ -120,14 +136,14 @@ pub struct KvmEngine {
 }
 
 impl KvmEngine {
-    /// Builds the machine and starts its vCPUs.
-    pub fn start(
+    /// Builds the machine; its vCPUs do not run yet, and there is no thread.
+    pub fn build(
         config: &MachineConfig,
         devices: Vec<Box<dyn VirtioDevice>>,
         console: Arc<ConsoleRing>,
         exits: Arc<ExitCounts>,
         end: EndSender,
-    ) -> Result<Self, KvmError> {
+    ) -> Result<Built, KvmError> {
         let kvm = host::open()?;
         let vm = create_vm(&kvm, config)?;
         let memory = GuestMemory::new(&vm, config)?;
@@ -157,10 +173,7 @@ impl KvmEngine {
             memory: Mutex::new(memory),
             vm,
         };
-        for (id, fd) in (0u8..).zip(vcpus) {
-            engine.run(id, fd)?;
-        }
-        Ok(engine)
+        Ok(Built { engine, vcpus })
     }
 
     fn run(&self, id: u8, fd: VcpuFd) -> Result<(), KvmError> {

@@ -65,8 +65,8 @@ fn start(code: &[u8], vcpus: u8, devices: Vec<Box<dyn VirtioDevice>>) -> Option<
     let config = config(dir.path(), vcpus, 96);
     let (console, exits) = (ConsoleRing::new(), Arc::new(ExitCounts::default()));
     let (sender, ended) = end_channel();
-    let engine =
-        KvmEngine::start(&config, devices, console.clone(), exits.clone(), sender).unwrap();
+    let built = KvmEngine::build(&config, devices, console.clone(), exits.clone(), sender).unwrap();
+    let engine = built.start().unwrap();
     Some(Guest {
         engine,
         console,

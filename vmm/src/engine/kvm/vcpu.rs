@@ -12,6 +12,8 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use super::exits::{ExitCounts, ExitKind};
 use super::gate::{self, Gate, VcpuKick};
 use crate::bus::Bus;
+use crate::jail::seccomp::Kind;
+use crate::jail::threads;
 use crate::machine::end::{End, EndReason, EndSender};
 use crate::serial::ConsoleRing;
 
@@ -33,12 +35,11 @@ pub struct Shared {
 
 /// Starts the thread of vCPU `id`.
 pub fn spawn(id: u8, fd: VcpuFd, shared: Arc<Shared>) -> std::io::Result<JoinHandle<()>> {
-    std::thread::Builder::new()
-        .name(format!("vcpu{id}"))
-        .spawn(move || {
-            let end = run(id, fd, &shared);
-            shared.end.send(end);
-        })
+    let builder = std::thread::Builder::new().name(format!("vcpu{id}"));
+    threads::spawn(Kind::Vcpu, builder, move || {
+        let end = run(id, fd, &shared);
+        shared.end.send(end);
+    })
 }
 
 /// Makes a vCPU leave the guest and look at the gate.

@@ -31,6 +31,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::worker::{Queues, Worker};
 use super::{ActivateError, Activation, VirtioDevice};
+use crate::jail::seccomp::Kind;
+use crate::jail::threads;
 use crate::limits;
 use crate::machine::end::EndSender;
 
@@ -179,9 +181,8 @@ impl VirtioDevice for Fs {
                 end: self.end.clone(),
                 seen: self.seen.clone(),
             };
-            let thread = std::thread::Builder::new()
-                .name(format!("fs-{index}"))
-                .spawn(move || worker.run())
+            let builder = std::thread::Builder::new().name(format!("fs-{index}"));
+            let thread = threads::spawn(Kind::Device, builder, move || worker.run())
                 .map_err(io("start a thread of the fs device"))?;
             running.threads.push(thread);
         }

@@ -26,6 +26,8 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::jail::seccomp::Kind;
+use crate::jail::threads;
 use crate::machine::end::{End, EndReason, EndSender};
 use crate::virtio::queue::VirtQueue;
 use crate::virtio::{
@@ -51,7 +53,9 @@ pub fn serve(
     socket: UnixStream,
     end: EndSender,
 ) -> io::Result<JoinHandle<()>> {
-    thread(&*device).spawn(move || run(device, socket, &end))
+    threads::spawn(Kind::VhostUser, thread(&*device), move || {
+        run(device, socket, &end)
+    })
 }
 
 /// The same for the first who connects.
@@ -60,9 +64,17 @@ pub fn serve_listener(
     listener: UnixListener,
     end: EndSender,
 ) -> io::Result<JoinHandle<()>> {
-    thread(&*device).spawn(move || match listener.accept() {
-        Ok((socket, _)) => run(device, socket, &end),
-        Err(error) => tracing::warn!(device = device.name(), %error, "no vhost-user connection"),
+    threads::spawn(Kind::VhostUser, thread(&*device), move || {
+        match listener.accept() {
+            Ok((socket, _)) => {
+                // Nobody else is expected.
+                drop(listener);
+                run(device, socket, &end);
+            }
+            Err(error) => {
+                tracing::warn!(device = device.name(), %error, "no vhost-user connection")
+            }
+        }
     })
 }
 

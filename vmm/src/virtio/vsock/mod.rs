@@ -3,8 +3,8 @@
 //! # The host's side
 //!
 //! `vsock.sock` in the state folder: a client connects, writes `CONNECT <port>\n` and reads `OK <host port>\n` once the
-//! guest accepted; its socket is closed if the guest refused. What the guest asks for port `p` of CID 2 goes to a listener
-//! at `vsock.sock_<p>`; without one it gets RST.
+//! guest accepted; its socket is closed if the guest refused. What the guest asks for a port of CID 2 goes to the shim by the
+//! [`Uplink`]; for a port that is not configured it gets RST.
 //!
 //! # The protocol, in short
 //!
@@ -18,7 +18,7 @@
 //!
 //! ```text
 //!  host: CONNECT line                                guest: REQUEST
-//!          |  REQUEST to the guest                          |  connect() to vsock.sock_<port>
+//!          |  REQUEST to the guest                          |  a pair of sockets, one end to the shim
 //!          v                                                v
 //!      Requested -- RESPONSE: "OK <port>\n" -----------> Open -------------------------+
 //!          |                                              |                            | protocol broken,
@@ -48,19 +48,24 @@ mod packet;
 mod payload;
 #[cfg(test)]
 mod tests;
+mod uplink;
 mod worker;
 
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use vmm_sys_util::eventfd::EventFd;
 
 pub use self::muxer::{FirstConnection, MuxerError};
+pub use self::uplink::Uplink;
 
 use self::muxer::Muxer;
 use self::worker::Worker;
 use super::{ActivateError, Activation, VirtioDevice};
+use crate::jail::seccomp::Kind;
+use crate::jail::threads;
 
 /// VIRTIO_VSOCK_F_STREAM (section 5.10.3).
 const F_STREAM: u64 = 1 << 0;
@@ -85,15 +90,16 @@ enum State {
 }
 
 impl Vsock {
-    /// A device for the guest with `cid`, which listens on `socket` from now on.
+    /// A device for the guest with `cid`, which listens on `socket` from now on and reaches the host by `uplink`.
     ///
     /// `on_first_guest_connection` is called once, from the device's thread: the agent dials when it serves.
     pub fn new(
         cid: u64,
         socket: &Path,
+        uplink: Arc<Uplink>,
         on_first_guest_connection: FirstConnection,
     ) -> Result<Self, MuxerError> {
-        let muxer = Muxer::new(cid, socket, on_first_guest_connection)?;
+        let muxer = Muxer::new(cid, socket, uplink, on_first_guest_connection)?;
         Ok(Self {
             cid,
             state: State::Idle(Box::new(muxer)),
@@ -153,9 +159,8 @@ impl VirtioDevice for Vsock {
         };
         let worker = Worker::new(muxer, rx, tx, event, worker_stop)
             .map_err(io("watch the vsock device's queues"))?;
-        let thread = std::thread::Builder::new()
-            .name("vsock".into())
-            .spawn(move || worker.run())
+        let builder = std::thread::Builder::new().name("vsock".into());
+        let thread = threads::spawn(Kind::Device, builder, move || worker.run())
             .map_err(io("start the vsock device's thread"))?;
         self.state = State::Running { stop, thread };
         Ok(())

@@ -6,17 +6,18 @@
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::client::{Client, Line};
 use super::connection::{Connection, Outcome};
 use super::packet::{HEADER_LEN, Operation, Packet, PacketError, Ports};
 use super::payload::{Sink, Source};
+use super::uplink::Uplink;
 use crate::limits;
 
 /// Called at the guest's first connection to the host.
@@ -48,7 +49,7 @@ pub enum MuxerError {
 /// The multiplexer.
 pub struct Muxer {
     guest_cid: u64,
-    path: PathBuf,
+    uplink: Arc<Uplink>,
     listener: UnixListener,
     epoll: Epoll,
     next_token: u64,
@@ -83,10 +84,11 @@ struct Watched {
 }
 
 impl Muxer {
-    /// Listens on `path`; the guest's connections go to `<path>_<port>`.
+    /// Listens on `path`; the guest's connections go to `uplink`.
     pub fn new(
         guest_cid: u64,
         path: &Path,
+        uplink: Arc<Uplink>,
         on_first_guest_connection: FirstConnection,
     ) -> Result<Self, MuxerError> {
         let listen = |source| MuxerError::Listen {
@@ -106,7 +108,7 @@ impl Muxer {
             .map_err(MuxerError::Epoll)?;
         Ok(Self {
             guest_cid,
-            path: path.to_owned(),
+            uplink,
             listener,
             epoll,
             next_token: LISTENER + 1,
@@ -312,7 +314,7 @@ impl Muxer {
             tracing::debug!(?ports, "refused a vsock connection: too many");
             return self.reset_ports(ports);
         }
-        match connect_unix(&self.path, ports.host) {
+        match self.uplink.connect(ports.host) {
             Ok(stream) => {
                 if let Some(first) = self.on_first_guest_connection.take() {
                     first();
@@ -428,29 +430,15 @@ impl Muxer {
     }
 }
 
-impl Drop for Muxer {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
-    }
-}
-
 fn interest(writable: bool) -> EventSet {
     let base = EventSet::IN | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
     if writable { base | EventSet::OUT } else { base }
 }
 
-/// Connects without waiting: a listener whose backlog is full refuses.
-fn connect_unix(path: &Path, port: u32) -> io::Result<UnixStream> {
-    let mut path = path.as_os_str().to_owned();
-    path.push(format!("_{port}"));
-    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    connect(&socket, &SocketAddrUnix::new(&path)?)?;
-    Ok(socket.into())
-}
-
 #[cfg(test)]
 mod tests {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
     use super::super::packet::SHUTDOWN_BOTH;
     use super::*;
 
@@ -458,8 +446,11 @@ mod tests {
     fn connections_that_end_before_the_guest_takes_a_packet_leave_nothing_waiting() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("vsock.sock");
-        let _listener = UnixListener::bind(folder.path().join("vsock.sock_7")).unwrap();
-        let mut muxer = Muxer::new(3, &path, Box::new(|| ())).unwrap();
+        let flags = SocketFlags::CLOEXEC;
+        let (ours, _host) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+        let uplink = Uplink::new(vec![7], Some(ours));
+        let mut muxer = Muxer::new(3, &path, uplink, Box::new(|| ())).unwrap();
         for guest in 0..100 {
             let ports = Ports { guest, host: 7 };
             for operation in [Operation::Request, Operation::Reset] {

@@ -1,12 +1,19 @@
 //! The device over plain memory, driven by a fake driver.
 
 use std::collections::HashSet;
+use std::io::IoSliceMut;
 use std::io::{Read, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketFlags, SocketType,
+    recvmsg, socketpair,
+};
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -36,6 +43,41 @@ struct Bench {
     tx_busy: HashSet<u16>,
     folder: TempDir,
     first: Arc<AtomicU32>,
+    uplink: Arc<Uplink>,
+    host: Arc<OwnedFd>,
+}
+
+/// The host's end of the uplink.
+struct Listener {
+    host: Arc<OwnedFd>,
+    port: u32,
+}
+
+impl Listener {
+    fn accept(&self) -> UnixStream {
+        self.receive(RecvFlags::empty()).unwrap()
+    }
+
+    /// One that has come already.
+    fn try_accept(&self) -> Option<UnixStream> {
+        self.receive(RecvFlags::DONTWAIT)
+    }
+
+    fn receive(&self, flags: RecvFlags) -> Option<UnixStream> {
+        let mut port = [0; 4];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let mut parts = [IoSliceMut::new(&mut port)];
+        let flags = flags | RecvFlags::CMSG_CLOEXEC;
+        recvmsg(&*self.host, &mut parts, &mut ancillary, flags).ok()?;
+        assert_eq!(u32::from_le_bytes(port), self.port);
+        let Some(RecvAncillaryMessage::ScmRights(mut sockets)) = ancillary.drain().next() else {
+            panic!("no socket came");
+        };
+        let stream = UnixStream::from(sockets.next().unwrap());
+        stream.set_nonblocking(false).unwrap();
+        Some(stream)
+    }
 }
 
 impl Bench {
@@ -50,7 +92,12 @@ impl Bench {
         let on_first = Box::new(move || {
             counter.fetch_add(1, Ordering::SeqCst);
         });
-        let mut device = Vsock::new(CID, &folder.path().join("vsock.sock"), on_first).unwrap();
+        let flags = SocketFlags::CLOEXEC;
+        let (ours, host) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+        let uplink = Uplink::new(vec![PORTS.host], Some(ours));
+        let path = folder.path().join("vsock.sock");
+        let mut device = Vsock::new(CID, &path, uplink.clone(), on_first).unwrap();
         let memory = testing::memory();
         let interrupt = CountingInterrupt::new();
         let (mut rx, rx_device) = DriverQueue::new(&memory, 0, 0x1_0000, QUEUE, interrupt.clone());
@@ -76,11 +123,14 @@ impl Bench {
             tx_busy,
             folder,
             first,
+            uplink,
+            host: Arc::new(host),
         }
     }
 
-    fn listen(&self, port: u32) -> UnixListener {
-        UnixListener::bind(self.folder.path().join(format!("vsock.sock_{port}"))).unwrap()
+    fn listen(&self, port: u32) -> Listener {
+        let host = self.host.clone();
+        Listener { host, port }
     }
 
     fn dial(&self, port: u32) -> UnixStream {
@@ -155,10 +205,10 @@ impl Bench {
     }
 
     /// The guest connects to `port` of the host.
-    fn connect(&mut self, listener: &UnixListener, ports: Ports) -> UnixStream {
+    fn connect(&mut self, listener: &Listener, ports: Ports) -> UnixStream {
         self.send(guest_packet(ports, Operation::Request));
         self.expect(ports, Operation::Response);
-        let stream = listener.accept().unwrap().0;
+        let stream = listener.accept();
         stream
             .set_read_timeout(Some(Duration::from_secs(10)))
             .unwrap();
@@ -225,11 +275,29 @@ fn the_guest_reaches_a_listener_and_the_first_time_is_told() {
 }
 
 #[test]
-fn a_port_without_listener_is_refused() {
+fn a_port_that_is_not_configured_is_refused() {
     let mut bench = Bench::new();
+    let other = Ports {
+        host: PORTS.host + 1,
+        ..PORTS
+    };
+    bench.send(guest_packet(other, Operation::Request));
+    bench.expect(other, Operation::Reset);
+    assert_eq!(bench.first.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn without_a_shim_the_guest_is_refused_and_another_shim_is_reached() {
+    let mut bench = Bench::new();
+    bench.host = Arc::new(UnixStream::pair().unwrap().0.into());
     bench.send(guest_packet(PORTS, Operation::Request));
     bench.expect(PORTS, Operation::Reset);
-    assert_eq!(bench.first.load(Ordering::SeqCst), 0);
+    let flags = SocketFlags::CLOEXEC;
+    let (ours, host) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+    bench.uplink.replace(ours);
+    bench.host = Arc::new(host);
+    let listener = bench.listen(PORTS.host);
+    bench.connect(&listener, PORTS);
 }
 
 #[test]
@@ -409,7 +477,7 @@ fn a_connection_storm_is_capped() {
         let (packet, _) = bench.receive();
         assert_eq!(packet.ports, ports);
         match packet.operation {
-            Operation::Response => hosts.push(listener.accept().unwrap().0),
+            Operation::Response => hosts.push(listener.accept()),
             _ => refused += 1,
         }
     }
@@ -615,7 +683,6 @@ impl Random {
 fn random_packets_do_no_harm() {
     let mut bench = Bench::new();
     let listener = bench.listen(PORTS.host);
-    listener.set_nonblocking(true).unwrap();
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
     let mut hosts = Vec::new();
     for round in 0..20_000 {
@@ -633,7 +700,7 @@ fn random_packets_do_no_harm() {
         let data = vec![0; random.below(300) as usize];
         bench.send_raw(&header, &data);
         while bench.try_receive().is_some() {}
-        hosts.extend(listener.accept().map(|(stream, _)| stream));
+        hosts.extend(listener.try_accept());
         match random.below(8) {
             0 => drop(hosts.pop()),
             1 => hosts
@@ -645,7 +712,6 @@ fn random_packets_do_no_harm() {
         hosts.truncate(8);
     }
     while bench.try_receive().is_some() {}
-    listener.set_nonblocking(false).unwrap();
     let fresh = Ports {
         guest: 60_000,
         ..PORTS
@@ -653,9 +719,9 @@ fn random_packets_do_no_harm() {
     bench.send(guest_packet(fresh, Operation::Request));
     while bench.receive().0.ports != fresh {}
     bench.send_data(fresh, b"alive", 0);
-    let alive = listener.incoming().any(|host| {
+    let mut connections = std::iter::from_fn(|| listener.try_accept());
+    let alive = connections.any(|mut host| {
         let mut data = Vec::new();
-        let mut host = host.unwrap();
         host.set_read_timeout(Some(Duration::from_millis(200)))
             .unwrap();
         let _ = host.read_to_end(&mut data);
