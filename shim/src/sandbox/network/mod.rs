@@ -63,6 +63,8 @@ const PAIRS_MAX: usize = 8;
 const SET: Duration = Duration::from_secs(30);
 /// What is tried when an interface and its tap are connected.
 const REDIRECTING: &str = "redirecting it (tc: ingress, u32, mirred)";
+/// Ports that the calling thread's namespace dials from.
+const PORT_RANGE: &str = "/proc/sys/net/ipv4/ip_local_port_range";
 /// Number of `lo` in every namespace.
 const LOOPBACK: u32 = 1;
 
@@ -350,12 +352,35 @@ impl Network {
             .collect();
         let mut request = state.request(&taken);
         request.resolver = self.vmm.get().is_some_and(|&pid| resolver::is_there(pid));
+        if request.resolver {
+            self.hear_answers(served);
+        }
         check_limits(&request)?;
         Ok((request, failure))
     }
 
+    /// Docker's resolver asks other servers from inside the namespace: their answers are for it, not for the guest.
+    fn hear_answers(&self, served: &mut Served) {
+        let Served { netlink, slots, .. } = served;
+        for slot in slots.iter().flatten() {
+            let index = slot.link.index;
+            let heard = redirect::hears_answers(netlink, index).and_then(|heard| match heard {
+                true => Ok(()),
+                false => {
+                    let (from, to) = (redirect::OWN_PORTS.start(), redirect::OWN_PORTS.end());
+                    let range = format!("{from} {to}");
+                    self.namespace.run(|| std::fs::write(PORT_RANGE, range))?;
+                    redirect::hear_answers(netlink, index, slot.tap)
+                }
+            });
+            if let Err(error) = heard {
+                tracing::warn!(link = slot.link.name, %error, "127.0.0.11 hears no other server");
+            }
+        }
+    }
+
     /// Follows an interface that is gone or changed, and tells whether its slot is free now. One that lost its qdisc (`redirected`: who
-    /// has one) was in another namespace meanwhile, or a tool took it off.
+    /// has one) was in another namespace meanwhile, or a tool took it or a filter off.
     fn unplug_changed(
         &self,
         served: &mut Served,
@@ -366,8 +391,11 @@ impl Network {
         let Some(slot) = served.slots.get_mut(number).and_then(Option::as_mut) else {
             return false;
         };
-        match state.links.get(&slot.link.index) {
-            Some(link) if link.mac == slot.link.mac && redirected.contains(&link.index) => {
+        let (index, tap) = (slot.link.index, slot.tap);
+        let whole = redirected.contains(&index)
+            && redirect::is_whole(&mut served.netlink, index, tap).unwrap_or(false);
+        match state.links.get(&index) {
+            Some(link) if link.mac == slot.link.mac && whole => {
                 if link.mtu != slot.link.mtu
                     && let Err(error) = tap::set_mtu(&mut served.netlink, slot.tap, link.mtu)
                 {

@@ -333,12 +333,88 @@ fn an_interface_that_lost_its_redirect_gets_another() {
     let _outside = plug_in(namespace, ETH0);
     pod.plug();
     assert!(traces(namespace).contains("mirred"));
-    sh(namespace, "tc qdisc del dev eth0 ingress");
-    let (request, failure) = pod.plug();
-    assert!(failure.is_none(), "{failure:?}");
-    assert_eq!(request.interfaces.len(), 1);
-    assert_eq!(pod.attached(), ["n0 02:00:00:00:00:11 1"]);
-    assert!(traces(namespace).contains("mirred"));
+    let of_guest = |namespace| sh(namespace, "tc filter show dev bhtap0 ingress");
+    let (ours, rest) = (0x6268, 0x6269);
+    for tool in [
+        "tc qdisc del dev eth0 ingress".into(),
+        format!("tc filter del dev eth0 ingress pref {ours}"),
+        format!("tc filter del dev bhtap0 ingress pref {ours}"),
+        format!("tc filter del dev bhtap0 ingress pref {rest}"),
+    ] {
+        sh(namespace, &tool);
+        let (request, failure) = pod.plug();
+        assert!(failure.is_none(), "{tool}: {failure:?}");
+        assert_eq!(request.interfaces.len(), 1, "{tool}");
+        assert_eq!(pod.attached(), ["n0 02:00:00:00:00:11 1"], "{tool}");
+        assert!(traces(namespace).contains("mirred"), "{tool}");
+        let filters = of_guest(namespace);
+        for priority in [ours, rest] {
+            assert!(
+                filters.contains(&format!("pref {priority} ")),
+                "{tool}: {filters}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_resolver_in_the_namespace_hears_its_servers_and_the_guest_hears_its_own() {
+    let pod = pod(Namespace::fresh().unwrap(), 1).unwrap();
+    let namespace = pod.network.namespace();
+    let outside = plug_in(namespace, ETH0);
+    sh(
+        &outside,
+        "ip link set out0 up; ip addr add 10.9.0.1/24 dev out0; ip -6 addr add fd09::1/64 dev out0 nodad",
+    );
+    let sleep = || Command::new("sleep").arg("100").spawn();
+    let mut vmm = namespace.run(sleep).unwrap();
+    pod.network.set_vmm(vmm.id());
+    assert!(!pod.plug().0.resolver);
+    let before = sh(namespace, "tc filter show dev eth0 ingress");
+    let _docker = namespace.run(|| std::net::UdpSocket::bind("127.0.0.11:0"));
+    for _ in 0..2 {
+        assert!(pod.plug().0.resolver);
+    }
+    let limit = Some(Duration::from_secs(3));
+    for (server, client) in [("10.9.0.1:53", "0.0.0.0:0"), ("[fd09::1]:53", "[::]:0")] {
+        let udp = outside.run(|| std::net::UdpSocket::bind(server)).unwrap();
+        let tcp = outside.run(|| std::net::TcpListener::bind(server)).unwrap();
+        let asks = namespace.run(|| std::net::UdpSocket::bind(client)).unwrap();
+        for socket in [&udp, &asks] {
+            socket.set_read_timeout(limit).unwrap();
+        }
+        asks.send_to(b"who", server).unwrap();
+        let mut buffer = [0; 10];
+        let (_, from) = udp.recv_from(&mut buffer).unwrap();
+        assert!(redirect::OWN_PORTS.contains(&from.port()), "{from}");
+        udp.send_to(b"me", from).unwrap();
+        let (length, _) = asks.recv_from(&mut buffer).unwrap();
+        assert_eq!(&buffer[..length], b"me");
+        let to = server.parse().unwrap();
+        namespace
+            .run(|| std::net::TcpStream::connect_timeout(&to, Duration::from_secs(3)))
+            .unwrap();
+        drop(tcp);
+        // An answer to the guest, whose kernel asks from other ports.
+        let guests = std::net::SocketAddr::new(from.ip(), 40000);
+        udp.send_to(b"towards the guest", guests).unwrap();
+    }
+    let mut tap = std::fs::File::from(pod.taps.lock().unwrap()[0].2.remove(0));
+    let mut seen = Vec::new();
+    let mut frame = [0; 4096];
+    while let Ok(length) = tap.read(&mut frame) {
+        seen.push(frame[..length].to_vec());
+    }
+    let count = |wanted: &[u8]| {
+        let has = |frame: &&Vec<u8>| frame.windows(wanted.len()).any(|w| w == wanted);
+        seen.iter().filter(has).count()
+    };
+    assert_eq!((count(b"towards the guest"), count(b"me")), (2, 0));
+    // The gateway's answer, which the guest hears as well.
+    assert_eq!(count(&[8, 6, 0, 1, 8, 0, 6, 4, 0, 2]), 1);
+    assert!(!before.contains("pref 25191 "), "{before}");
+    vmm.kill().unwrap();
+    vmm.wait().unwrap();
 }
 
 #[test]

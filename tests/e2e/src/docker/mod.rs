@@ -5,6 +5,7 @@ mod build;
 mod life;
 mod limits;
 mod logs;
+mod names;
 mod networks;
 mod security;
 mod volumes;

@@ -7,7 +7,7 @@ use bulkhead_harness::{
     test,
 };
 
-use super::{Made, NET, TOOLS, run, start, text};
+use super::{Made, NET, TOOLS, names, run, start, text};
 use crate::{docker, network::until};
 
 /// The cases of this group.
@@ -21,6 +21,13 @@ pub const TESTS: &[Test] = &[
     .fast_host(),
     test!(
         docker::networks::user_defined_network_resolves_names,
+        NET,
+        ANY
+    )
+    .docker()
+    .fast_host(),
+    test!(
+        docker::networks::user_defined_network_asks_servers_outside,
         NET,
         ANY
     )
@@ -98,6 +105,26 @@ fn user_defined_network_resolves_names(suite: &Suite) -> Outcome {
     );
     drop(web);
     drop(net);
+    Ok(())
+}
+
+fn user_defined_network_asks_servers_outside(suite: &Suite) -> Outcome {
+    let server = names::Server::start(suite)?;
+    let net = network(suite, "asking")?;
+    // What is large does not fit into a datagram and is asked for by TCP.
+    let script =
+        "for n in small large; do ping -c 1 -W 5 $n.test | head -n 1 | cut -d ' ' -f 2,3; done";
+    let client = ["--rm", "--network", "asking", "--dns", OUTSIDE_ADDRESS.0];
+    let client = [&client[..], &[TOOLS, "sh", "-c", script]].concat();
+    let seen = run(suite, &client)?.output()?.ok()?.text();
+    let address = OUTSIDE_ADDRESS.0;
+    ensure_eq!(
+        "what the names are",
+        seen,
+        format!("small.test ({address})\nlarge.test ({address})")
+    );
+    drop(net);
+    drop(server);
     Ok(())
 }
 
