@@ -296,9 +296,9 @@ fn kernel_items() -> Vec<Item> {
         "boot with lsm=landlock,... (Linux 5.13 or newer)",
     ));
     let user_namespaces = host::has_user_namespaces()
-        .then(|| "the file server has one of its own".to_owned())
+        .then(|| "the file server has a user namespace of its own".to_owned())
         .ok_or((
-            "off: the file server's rights are in the host's".to_owned(),
+            "no user namespaces: the file server's rights are in the host's".to_owned(),
             "set user.max_user_namespaces above 0",
         ));
     vec![
@@ -308,7 +308,7 @@ fn kernel_items() -> Vec<Item> {
         item("openat2", Stops::Host, openat2),
         item("seccomp", Stops::Host, seccomp),
         item("landlock", Stops::Host, landlock).or_warn(),
-        item("user namespaces", Stops::Host, user_namespaces).or_warn(),
+        item("namespaces", Stops::Host, user_namespaces).or_warn(),
     ]
 }
 

@@ -112,8 +112,7 @@ fn user_defined_network_asks_servers_outside(suite: &Suite) -> Outcome {
     let server = names::Server::start(suite)?;
     let net = network(suite, "asking")?;
     // What is large does not fit into a datagram and is asked for by TCP.
-    let script =
-        "for n in small large; do ping -c 1 -W 5 $n.test | head -n 1 | cut -d ' ' -f 2,3; done";
+    let script = "for n in small large; do ping -c 1 -W 5 $n.test | head -n 1 | cut -d ' ' -f 2,3 | tr -d :; done";
     let client = ["--rm", "--network", "asking", "--dns", OUTSIDE_ADDRESS.0];
     let client = [&client[..], &[TOOLS, "sh", "-c", script]].concat();
     let seen = run(suite, &client)?.output()?.ok()?.text();
