@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use bulkhead_vmm::{fs, log};
+use bulkhead_vmm::{fs, jail, log};
 use clap::Parser;
 
 /// Serves host folders to a guest by FUSE messages over sockets.
@@ -21,6 +21,8 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
+    // No thread's filter has what glibc does to trim a heap of its own.
+    jail::threads::one_heap();
     tracing_subscriber::fmt()
         .with_writer(log::stderr)
         .with_ansi(false)
