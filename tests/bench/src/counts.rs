@@ -134,7 +134,7 @@ fn trace(options: Options, folder: &Path) -> Outcome<[Counts; 2]> {
     // strace must not be an heir of the shim's stdout, at whose end containerd waits.
     let script = format!(
         "#!/bin/sh\ncase \"$*\" in *\" start\")\n\
-         strace -f -qq -s 0 -e signal=none -o '{}/'$$ -p $$ </dev/null >/dev/null 2>&1 &\n\
+         strace -f -qq -s 0 -e signal=none --decode-pids=pidns -o '{}/'$$ -p $$ </dev/null >/dev/null 2>&1 &\n\
          while grep -q '^TracerPid:.0$' /proc/$$/status; do sleep 0.01; done\n;; esac\n\
          exec '{}' \"$@\"\n",
         traces.display(),
@@ -185,7 +185,7 @@ fn count(trace: &str) -> [BTreeMap<String, u32>; 2] {
         if let (Some("clone" | "clone3" | "fork" | "vfork"), Some(child)) = (name, result)
             && let Some(program) = programs.get(pid).cloned()
         {
-            programs.insert(child, program);
+            programs.insert(outside(child), program);
         }
         if name == Some("execve") {
             // The path stands in the line in which the call begins.
@@ -211,6 +211,14 @@ fn count(trace: &str) -> [BTreeMap<String, u32>; 2] {
         }
     }
     [calls, kvm]
+}
+
+/// The process id that strace writes at the begin of a line, of one that a call gave: `2`, or in a process id namespace
+/// `2 /* 1234 in strace's PID NS */`.
+fn outside(result: &str) -> &str {
+    let translated = result.split_once("/* ").map(|(_, outside)| outside);
+    let pid = translated.unwrap_or(result).split(' ').next();
+    pid.unwrap_or_default()
 }
 
 fn idle(suite: &Suite) -> Outcome<Pod<'_>> {
@@ -265,14 +273,15 @@ mod tests {
 8 execve(\"/dist/vmm\", [], 0x1 <unfinished ...>
 8 <... execve resumed>) = 0
 8 ioctl(3, KVM_CREATE_VM, 0) = 4
-8 ioctl(4, KVM_RUN, 0 <unfinished ...>
+8 clone(child_stack=0x1, flags=CLONE_VM|CLONE_THREAD) = 2 /* 9 in strace's PID NS */
+9 ioctl(4, KVM_RUN, 0 <unfinished ...>
 8 --- SIGCHLD ---
-8 <... ioctl resumed>) = 0
+9 <... ioctl resumed>) = 0
 7 read(3, \"\"..., 1) = 0
 8 +++ exited with 0 +++
 ";
         let [calls, kvm] = count(trace);
-        assert_eq!((calls[SHIM], calls["vmm"], calls.len()), (4, 2, 2));
+        assert_eq!((calls[SHIM], calls["vmm"], calls.len()), (4, 3, 2));
         assert_eq!((kvm["KVM_CREATE_VM"], kvm["KVM_RUN"]), (1, 1));
     }
 

@@ -8,12 +8,13 @@ use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::process::umask;
 use rustix::thread::{
-    CapabilitySet, CapabilitySets, capabilities, clear_ambient_capability_set,
-    remove_capability_from_bounding_set, set_capabilities, set_no_new_privs, set_thread_groups,
+    CapabilitySet, CapabilitySets, capabilities, clear_ambient_capability_set, set_capabilities,
+    set_no_new_privs, set_thread_groups,
 };
 
 use super::request::Caller;
 use super::sys;
+use crate::jail::privileges::bound;
 
 /// All that serving takes: the file-system capabilities and the change of file-system ids. In a user namespace of the server's own they
 /// count for the files of its trees and for nothing else of the host.
@@ -37,13 +38,7 @@ pub fn drop_all_but(kept: CapabilitySet) -> Result<(), Errno> {
     set_no_new_privs(true)?;
     set_thread_groups(&[])?;
     clear_ambient_capability_set()?;
-    for one in CapabilitySet::all().iter() {
-        // One that this kernel does not know is in no set.
-        match remove_capability_from_bounding_set(one) {
-            Ok(()) | Err(Errno::INVAL) => {}
-            Err(errno) => return Err(errno),
-        }
-    }
+    bound(CapabilitySet::empty())?;
     let mut sets = capabilities(None)?;
     sets.effective &= kept;
     sets.permitted &= kept;

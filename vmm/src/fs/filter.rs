@@ -1,11 +1,9 @@
 //! The system calls of each kind of thread, with the reason for each. Any other kills the process (seccomp(2)).
 
-use std::collections::BTreeMap;
+use seccompiler::{BpfProgram, apply_filter};
 
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch, apply_filter,
-};
+use crate::jail::seccomp::program;
+use crate::jail::seccomp::rules::{Arguments, Rule, any, with};
 
 /// Whose calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,15 +16,9 @@ pub enum Thread {
     Steward,
 }
 
-/// A call, or only with this value of an argument (by its number), and why.
-type Rule = (libc::c_long, Option<(u8, u64)>, &'static str);
-
-const fn any(call: libc::c_long, why: &'static str) -> Rule {
-    (call, None, why)
-}
-
+/// With this value of an argument.
 const fn only(call: libc::c_long, argument: u8, value: i32, why: &'static str) -> Rule {
-    (call, Some((argument, value as u64)), why)
+    with(call, Arguments::Is(argument, value as u64), why)
 }
 
 /// What any Rust program does, also when it panics, logs or ends.
@@ -173,24 +165,8 @@ impl Thread {
         EVERYBODY.iter().chain(own.into_iter().flatten())
     }
 
-    fn program(self) -> Result<BpfProgram, seccompiler::BackendError> {
-        let mut calls: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
-        for (call, argument, _why) in self.rules() {
-            let rules = calls.entry(*call).or_default();
-            if let Some((number, value)) = argument {
-                // The high half of an int's register is nobody's.
-                let length = SeccompCmpArgLen::Dword;
-                let equal = SeccompCondition::new(*number, length, SeccompCmpOp::Eq, *value)?;
-                rules.push(SeccompRule::new(vec![equal])?);
-            }
-        }
-        SeccompFilter::new(
-            calls,
-            SeccompAction::KillProcess,
-            SeccompAction::Allow,
-            TargetArch::x86_64,
-        )?
-        .try_into()
+    fn program(self) -> Result<BpfProgram, String> {
+        program(self.rules())
     }
 
     /// Confines the calling thread, and those it starts later, for good.

@@ -13,7 +13,7 @@
 //! named in the log, or ends the start if the configuration requires it.
 
 mod landlock;
-mod privileges;
+pub mod privileges;
 mod rlimits;
 mod root;
 pub mod seccomp;

@@ -20,20 +20,18 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 
-use rustix::io::{Errno, FdFlags, fcntl_setfd};
+use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::mount::{MountPropagationFlags, mount_change};
 use rustix::process::{
     Pid, PidfdFlags, Signal, getppid, pidfd_open, pidfd_send_signal,
     set_parent_process_death_signal,
 };
-use rustix::thread::{
-    CapabilitySet, UnshareFlags, remove_capability_from_bounding_set, set_no_new_privs,
-    unshare_unsafe,
-};
+use rustix::thread::{CapabilitySet, UnshareFlags, set_no_new_privs, unshare_unsafe};
 
 use self::arguments::{Frontend, Socket};
 use self::output::Tail;
 use crate::config::MachineConfig;
+use crate::jail::privileges;
 use crate::jail::seccomp::Kind;
 use crate::jail::threads;
 use crate::machine::end::{End, EndReason, EndSender};
@@ -287,13 +285,7 @@ fn confine() -> io::Result<()> {
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     mount_change("/", private)?;
     let kept = CapabilitySet::SYS_CHROOT | CapabilitySet::SETUID | CapabilitySet::SETGID;
-    for one in (CapabilitySet::all() - kept).iter() {
-        match remove_capability_from_bounding_set(one) {
-            // One that this kernel does not know is in no set.
-            Ok(()) | Err(Errno::INVAL) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
+    privileges::bound(kept)?;
     Ok(set_no_new_privs(true)?)
 }
 

@@ -21,9 +21,9 @@ use super::{Missing, missing};
 /// Puts the filter of all kinds on the process, which has one thread, and another that lets libraries know that there is no clone3: its
 /// flags are in memory, where no filter sees them.
 pub(super) fn confine_process() -> Result<(), Missing> {
-    let all: Vec<&Rule> = Kind::ALL.iter().flat_map(|kind| kind.rules()).collect();
+    let all = Kind::ALL.iter().flat_map(|kind| kind.rules());
     let failed = missing("make the filter of system calls");
-    let filter = program(&all).map_err(io::Error::other).map_err(failed)?;
+    let filter = program(all).map_err(io::Error::other).map_err(failed)?;
     let no_clone3 = [(libc::SYS_clone3, Vec::new())].into_iter().collect();
     let no_clone3 = SeccompFilter::new(
         no_clone3,
@@ -47,8 +47,7 @@ pub(super) fn confine_process() -> Result<(), Missing> {
 
 /// Puts the filter of `kind` on the calling thread, for good. A thread that cannot be confined must not go on.
 pub fn confine(kind: Kind) {
-    let rules: Vec<&Rule> = kind.rules().collect();
-    let confined = program(&rules).and_then(|filter| {
+    let confined = program(kind.rules()).and_then(|filter| {
         let applied = seccompiler::apply_filter(&filter);
         applied.map_err(|error| error.to_string())
     });
@@ -57,7 +56,8 @@ pub fn confine(kind: Kind) {
     }
 }
 
-fn program(rules: &[&Rule]) -> Result<BpfProgram, String> {
+/// The filter that allows what `rules` do and kills the process at any other call.
+pub fn program<'a>(rules: impl Iterator<Item = &'a Rule>) -> Result<BpfProgram, String> {
     let mut table: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
     // Without conditions, a call is allowed whatever others say of it.
     let mut free = Vec::new();
@@ -103,6 +103,7 @@ fn alternatives(arguments: &Arguments) -> Result<Option<Vec<SeccompRule>>, Strin
     };
     Ok(Some(match arguments {
         Arguments::Any => return Ok(None),
+        Arguments::Is(index, value) => one_of(*index, &[*value])?,
         Arguments::OneOf(index, values) => one_of(*index, values)?,
         Arguments::NotExecutable => without(2, libc::PROT_EXEC)?,
         Arguments::Thread => {
@@ -123,11 +124,9 @@ mod tests {
     #[test]
     fn the_filters_of_all_kinds_can_be_made() {
         for kind in Kind::ALL {
-            let rules: Vec<&Rule> = kind.rules().collect();
-            assert!(!program(&rules).unwrap().is_empty(), "{kind:?}");
+            assert!(!program(kind.rules()).unwrap().is_empty(), "{kind:?}");
         }
-        let all: Vec<&Rule> = Kind::ALL.iter().flat_map(|kind| kind.rules()).collect();
-        program(&all).unwrap();
+        program(Kind::ALL.iter().flat_map(|kind| kind.rules())).unwrap();
     }
 
     #[test]

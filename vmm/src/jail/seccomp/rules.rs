@@ -64,7 +64,9 @@ pub struct Rule {
 pub enum Arguments {
     /// Anything.
     Any,
-    /// The argument with this index is one of these (its lower 32 bits).
+    /// The argument with this index is this (its lower 32 bits: the high half of an int's register is nobody's).
+    Is(u8, u64),
+    /// The same, one of these.
     OneOf(u8, &'static [u64]),
     /// mmap and mprotect without PROT_EXEC: nothing that was written is ever run.
     NotExecutable,
@@ -72,7 +74,8 @@ pub enum Arguments {
     Thread,
 }
 
-const fn any(call: i64, reason: &'static str) -> Rule {
+/// With any arguments.
+pub const fn any(call: i64, reason: &'static str) -> Rule {
     Rule {
         call,
         arguments: Arguments::Any,
@@ -80,7 +83,8 @@ const fn any(call: i64, reason: &'static str) -> Rule {
     }
 }
 
-const fn with(call: i64, arguments: Arguments, reason: &'static str) -> Rule {
+/// With these arguments.
+pub const fn with(call: i64, arguments: Arguments, reason: &'static str) -> Rule {
     Rule {
         call,
         arguments,
