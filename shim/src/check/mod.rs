@@ -1,6 +1,7 @@
 //! `bulkhead check`: what this host can run, and why not.
 
 pub mod host;
+mod jail;
 pub mod kvm;
 
 use std::{
@@ -108,11 +109,13 @@ impl Item {
 pub fn check(config: Result<Config, ConfigError>) -> Report {
     let mut items = vec![config_item(&config), kvm_device(), kvm_speed()];
     items.extend(kernel_items());
+    items.extend(jail::layers());
     let qemu = config
         .as_ref()
         .map_or("qemu-system-x86_64", |c| c.qemu.as_str());
     items.push(qemu_item(qemu));
     if let Ok(config) = &config {
+        items.extend(jail::configured(&config.jail));
         items.extend(installed(config));
     }
     if config.as_ref().is_ok_and(|c| c.debug_shell) {
@@ -285,30 +288,11 @@ fn kernel_items() -> Vec<Item> {
     let openat2 = host::openat2_works()
         .map(|()| "paths resolve beneath a folder".to_owned())
         .map_err(|e| (format!("openat2: {e}"), "use Linux 5.6 or newer"));
-    let seccomp = host::has_seccomp()
-        .then(|| "filters can be installed".to_owned())
-        .ok_or((
-            "the kernel has no seccomp filters".to_owned(),
-            "use a kernel with CONFIG_SECCOMP_FILTER",
-        ));
-    let landlock = host::landlock_abi().map(|abi| format!("ABI {abi}")).ok_or((
-        "not enabled: the jails have one wall less".to_owned(),
-        "boot with lsm=landlock,... (Linux 5.13 or newer)",
-    ));
-    let user_namespaces = host::has_user_namespaces()
-        .then(|| "the file server has a user namespace of its own".to_owned())
-        .ok_or((
-            "no user namespaces: the file server's rights are in the host's".to_owned(),
-            "set user.max_user_namespaces above 0",
-        ));
     vec![
         item("host kernel", Stops::Host, kernel),
         item("privilege", Stops::Host, root),
         item("open_tree", Stops::Host, open_tree),
         item("openat2", Stops::Host, openat2),
-        item("seccomp", Stops::Host, seccomp),
-        item("landlock", Stops::Host, landlock).or_warn(),
-        item("namespaces", Stops::Host, user_namespaces).or_warn(),
     ]
 }
 

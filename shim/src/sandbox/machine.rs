@@ -159,6 +159,11 @@ impl End {
         let log = last_line(&dir.join("vmm.log"));
         let detail = match status {
             Ok(status) => match (status.signal(), status.code()) {
+                (Some(libc::SIGSYS), _) => {
+                    "bulkhead-vmm made a system call that its jail forbids: \
+                    the host's kernel log tells which (dmesg, \"syscall=\")"
+                        .into()
+                }
                 (Some(signal), _) => format!("bulkhead-vmm was killed by signal {signal}"),
                 (_, Some(code)) => format!("bulkhead-vmm exited with code {code} {log}"),
                 _ => "bulkhead-vmm is gone".into(),
@@ -311,6 +316,8 @@ mod tests {
             end.to_string(),
             "vmm-died: bulkhead-vmm was killed by signal 9"
         );
+        let end = End::read(dir.path(), Ok(ExitStatus::from_raw(libc::SIGSYS)));
+        assert!(end.to_string().contains("its jail forbids"), "{end}");
         fs::write(dir.path().join("vmm.log"), "one\nlast words\n").unwrap();
         let end = End::read(dir.path(), Ok(ExitStatus::from_raw(256)));
         assert!(end.to_string().ends_with("code 1 (last words)"), "{end}");
