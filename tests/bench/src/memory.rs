@@ -4,6 +4,7 @@ use bulkhead_harness::{
     Image, Pod, Suite,
     failure::{Outcome, read},
     process::Process,
+    smaps::{self, Map},
 };
 
 use crate::{
@@ -135,42 +136,13 @@ fn of(pod: &Pod<'_>) -> Outcome<Vec<(String, f64)>> {
     Ok(parts)
 }
 
-/// KiB of the process's own maps, and of the guest's memory: the kernel splits that map where parts of it have other
-/// attributes, so maps of one name that touch are one.
+/// KiB of the process's own maps, and of the guest's memory.
 fn pss(smaps: &str, is_guest: impl Fn(&str) -> bool) -> (u64, u64) {
-    // Name, end, and KiB of size and of PSS.
-    let mut maps: Vec<(&str, u64, u64, u64)> = Vec::new();
-    for line in smaps.lines() {
-        let mut words = line.split_whitespace();
-        let first = words.next().unwrap_or_default();
-        if let Some((start, end)) = addresses(first) {
-            let name = words.nth(4).unwrap_or_default();
-            let kib = end.saturating_sub(start) >> 10;
-            match maps.last_mut() {
-                Some(last) if last.1 == start && last.0 == name => {
-                    (last.1, last.2) = (end, last.2 + kib);
-                }
-                _ => maps.push((name, end, kib, 0)),
-            }
-        } else if first == "Pss:"
-            && let (Some(last), Some(kib)) = (maps.last_mut(), words.next())
-        {
-            last.3 += kib.parse::<u64>().unwrap_or(0);
-        }
-    }
-    let sum = |guest: bool| {
-        let is_guest = |map: &&(&str, u64, u64, u64)| map.2 >= GUEST_KIB && is_guest(map.0);
-        let of = maps.iter().filter(|map| is_guest(map) == guest);
-        of.map(|map| map.3).sum()
-    };
-    (sum(false), sum(true))
-}
-
-/// Of a map's head line, `<start>-<end>` in hexadecimal.
-fn addresses(word: &str) -> Option<(u64, u64)> {
-    let (start, end) = word.split_once('-')?;
-    let number = |text| u64::from_str_radix(text, 16).ok();
-    Some((number(start)?, number(end)?))
+    let (guest, own): (Vec<_>, Vec<_>) = smaps::maps(smaps)
+        .into_iter()
+        .partition(|map| map.kib >= GUEST_KIB && is_guest(map.name));
+    let sum = |maps: Vec<Map<'_>>| maps.iter().map(|map| map.pss).sum();
+    (sum(own), sum(guest))
 }
 
 fn mib(kib: u64) -> f64 {
@@ -182,9 +154,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_guests_memory_is_the_large_map_in_however_many_pieces() {
-        let smaps = "10000000-18000000 rw-p 0 00:00 0\nPss: 2048 kB\n\
-            18000000-20000000 rw-p 0 00:00 0\nPss: 1024 kB\n\
+    fn the_guests_memory_is_the_large_map() {
+        let smaps = "10000000-20000000 rw-p 0 00:00 0\nPss: 3072 kB\n\
             20000000-20002000 r-xp 0 fd:00 7 /bin/vmm\nSize: 8 kB\nPss: 4 kB\n";
         assert_eq!(pss(smaps, |_| true), (4, 3072));
         assert_eq!(pss(smaps, |name| name.starts_with("/memfd")), (3076, 0));

@@ -14,6 +14,7 @@ pub mod pod;
 pub mod process;
 pub mod runner;
 pub mod scale;
+pub mod smaps;
 pub mod spec;
 pub mod suite;
 pub mod tree;

@@ -4,7 +4,10 @@ use std::{fs, path::Path};
 
 use rustix::process::{Pid, Signal};
 
-use crate::failure::{Context, Outcome};
+use crate::{
+    failure::{Context, Outcome},
+    smaps,
+};
 
 /// Executables of a pod.
 const OURS: [&str; 5] = [
@@ -52,19 +55,9 @@ impl Process {
     /// KiB of memory in use, without mappings as large as `machine_mib` / 2: the guest's memory is no growth.
     pub fn memory_kib(&self, machine_mib: u64) -> Outcome<u64> {
         let smaps = crate::failure::read(format!("/proc/{}/smaps", self.pid))?;
-        let value = |line: &str| -> u64 {
-            let mut words = line.split_whitespace().skip(1);
-            words.next().and_then(|w| w.parse().ok()).unwrap_or(0)
-        };
-        let (mut total, mut size) = (0, 0);
-        for line in smaps.lines() {
-            if line.starts_with("Size:") {
-                size = value(line);
-            } else if line.starts_with("Rss:") && size < machine_mib * 512 {
-                total += value(line);
-            }
-        }
-        Ok(total)
+        let maps = smaps::maps(&smaps);
+        let own = maps.iter().filter(|map| map.kib < machine_mib * 512);
+        Ok(own.map(|map| map.rss).sum())
     }
 }
 
