@@ -120,6 +120,44 @@ fn kind(thread: &str) -> &str {
     numberless.trim_end_matches('-')
 }
 
+/// Prints how a process stands, as it is read from the host.
+fn tell(what: &str, process: &Process) -> Outcome {
+    let base = format!("/proc/{}", process.pid);
+    let status = read(format!("{base}/status"))?;
+    let mut values = Vec::new();
+    for name in [
+        "Uid",
+        "CapEff",
+        "CapBnd",
+        "Seccomp:",
+        "Seccomp_filters",
+        "Threads",
+    ] {
+        let value = field(&status, name).unwrap_or_else(|_| "not told".into());
+        let value = value
+            .split(' ')
+            .next()
+            .unwrap_or_default()
+            .trim_start_matches('0');
+        let value = if value.is_empty() { "0" } else { value };
+        values.push(format!("{} {value}", name.trim_end_matches(':')));
+    }
+    let apart = ["user", "pid", "ipc", "uts", "mnt", "net"]
+        .into_iter()
+        .filter(|kind| {
+            let of = |base: &str| fs::read_link(format!("{base}/ns/{kind}")).ok();
+            of(&base) != of("/proc/self")
+        });
+    let apart: Vec<_> = apart.collect();
+    let descriptors = fs::read_dir(format!("{base}/fd")).context("fd")?.count();
+    println!(
+        "         {what}: {}, {descriptors} descriptors, apart: {}",
+        values.join(", "),
+        apart.join(" ")
+    );
+    Ok(())
+}
+
 impl Posture {
     /// Compares a process of `pod`, of this user, with what is written. `files`: those of the state folder that it has open.
     fn check(&self, pod: &Pod<'_>, process: &Process, uid: u32, files: &[String]) -> Outcome {
@@ -367,6 +405,11 @@ fn the_file_server_is_as_written_at_rest_under_load_and_after_changes(suite: &Su
     file_server(suite, &pod, "with another container")?;
     member.end()?;
     file_server(suite, &pod, "after changes")?;
+    for process in pod.processes() {
+        if process.name.starts_with("bulkhead-fs") {
+            tell(&process.command(), &process)?;
+        }
+    }
     pod.end()?;
     Ok(())
 }

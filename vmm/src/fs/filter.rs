@@ -200,6 +200,18 @@ mod tests {
         }
     }
 
+    /// As docs/threat-model.md tells it.
+    #[test]
+    fn each_thread_has_as_many_distinct_system_calls_as_is_written() {
+        let count = |thread: Thread| {
+            let calls: std::collections::BTreeSet<i64> =
+                thread.rules().map(|rule| rule.call).collect();
+            calls.len()
+        };
+        let told = [Thread::Worker, Thread::Control, Thread::Steward].map(count);
+        assert_eq!(told, [62, 35, 37]);
+    }
+
     #[test]
     fn what_is_not_in_the_table_kills() {
         let acts: [fn(); 5] = [

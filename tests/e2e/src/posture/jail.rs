@@ -10,7 +10,7 @@ use bulkhead_harness::{
 };
 use rustix::process::Signal;
 
-use super::Posture;
+use super::{Posture, tell};
 use crate::survival;
 
 /// `bulkhead-vmm`: a user of this pod alone, no capability, nothing that it could name.
@@ -170,11 +170,12 @@ pub fn the_jail_is_as_written(suite: &Suite) -> Outcome {
     let (one, two) = (user_of(suite, &pod)?, user_of(suite, &other)?);
     ensure!(one != two, "two pods have user {one}");
     other.end()?;
-    pod.end()?;
-    println!("         user {one}\n         VMM {VMM:?}");
-    if suite.engine == Engine::Emulated {
-        println!("         emulator {EMULATOR:?}");
+    let vmm = pod.process("bulkhead-vmm")?;
+    tell("VMM", &vmm)?;
+    if let Some(emulator) = emulator(suite, &pod, &vmm)? {
+        tell("emulator", &emulator)?;
     }
+    pod.end()?;
     Ok(())
 }
 

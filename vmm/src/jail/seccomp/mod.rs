@@ -116,6 +116,7 @@ fn alternatives(arguments: &Arguments) -> Result<Option<Vec<SeccompRule>>, Strin
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
     use std::os::unix::process::ExitStatusExt;
     use std::process::Command;
 
@@ -127,6 +128,29 @@ mod tests {
             assert!(!program(kind.rules()).unwrap().is_empty(), "{kind:?}");
         }
         program(Kind::ALL.iter().flat_map(|kind| kind.rules())).unwrap();
+    }
+
+    /// As docs/threat-model.md tells it.
+    #[test]
+    fn each_kind_has_as_many_distinct_system_calls_as_is_written() {
+        let count = |kind: Kind| {
+            let calls: BTreeSet<i64> = kind.rules().map(|rule| rule.call).collect();
+            (kind, calls.len())
+        };
+        let told: Vec<_> = Kind::ALL.into_iter().map(count).collect();
+        assert_eq!(
+            told,
+            [
+                (Kind::Main, 32),
+                (Kind::Starter, 37),
+                (Kind::Control, 51),
+                (Kind::Vcpu, 42),
+                (Kind::Device, 60),
+                (Kind::VhostUser, 61),
+                (Kind::Emulator, 35),
+                (Kind::Pid, 31),
+            ]
+        );
     }
 
     #[test]
