@@ -181,7 +181,7 @@ pub const FS_COPY: usize = 64 << 20;
 /// Lines in the log about malformed messages before they are only answered.
 pub const FS_WARNINGS: u32 = 32;
 
-/// Most descriptors that the VMM has: two for each vsock connection, and what devices have.
+/// Most descriptors that the VMM has, and the emulator: two for each vsock connection, and what devices have.
 /// Test: `the_jail_is_as_written`.
 pub const VMM_DESCRIPTORS: u64 = 16384;
 

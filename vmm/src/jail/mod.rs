@@ -14,7 +14,7 @@
 
 mod landlock;
 pub mod privileges;
-mod rlimits;
+pub mod rlimits;
 mod root;
 pub mod seccomp;
 pub mod threads;
@@ -141,7 +141,7 @@ pub fn enter(machine: &MachineConfig) -> Result<(), JailError> {
         }
     };
     layer(Layer::Root, root::enter(&machine.state_dir))?;
-    layer(Layer::Limits, rlimits::set(!machine.blocks.is_empty()))?;
+    layer(Layer::Limits, limit(machine))?;
     layer(Layer::User, privileges::drop(config.uid, config.gid))?;
     privileges::seal().map_err(|source| JailError::Step {
         step: "give up new privileges and dumps",
@@ -157,4 +157,16 @@ pub fn enter(machine: &MachineConfig) -> Result<(), JailError> {
         step: "start the thread that starts threads",
         source,
     })
+}
+
+fn limit(machine: &MachineConfig) -> Result<(), Missing> {
+    // A disk is a file as long as its operator wants.
+    let files: &[_] = match machine.blocks.is_empty() {
+        true => &rlimits::OF_FILES,
+        false => &[],
+    };
+    [&rlimits::OF_MACHINE, files]
+        .into_iter()
+        .try_for_each(rlimits::set)
+        .map_err(missing("set a limit of resources"))
 }

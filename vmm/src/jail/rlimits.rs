@@ -1,27 +1,28 @@
 //! Limits of resources (getrlimit(2)).
 
+use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, setrlimit};
 
-use super::{Missing, missing};
 use crate::limits;
 
-/// Sets them for good. `has_disks`: files without a limit are written.
-pub fn set(has_disks: bool) -> Result<(), Missing> {
-    let mut wanted = vec![
-        (Resource::Core, 0),
-        (Resource::Msgqueue, 0),
-        (Resource::Nofile, limits::VMM_DESCRIPTORS),
-        (Resource::Nproc, limits::VMM_THREADS),
-    ];
-    if !has_disks {
-        wanted.push((Resource::Fsize, limits::VMM_FILE_BYTES));
-    }
-    for (resource, value) in wanted {
+/// Those of the processes that run a guest.
+pub const OF_MACHINE: [(Resource, u64); 4] = [
+    (Resource::Core, 0),
+    (Resource::Msgqueue, 0),
+    (Resource::Nofile, limits::VMM_DESCRIPTORS),
+    (Resource::Nproc, limits::VMM_THREADS),
+];
+
+/// Where no file without a limit is written.
+pub const OF_FILES: [(Resource, u64); 1] = [(Resource::Fsize, limits::VMM_FILE_BYTES)];
+
+/// Sets them for good. It allocates nothing, so a child may call it before its program.
+pub fn set(limits: &[(Resource, u64)]) -> Result<(), Errno> {
+    limits.iter().try_for_each(|&(resource, value)| {
         let limit = Rlimit {
             current: Some(value),
             maximum: Some(value),
         };
-        setrlimit(resource, limit).map_err(missing("set a limit of resources"))?;
-    }
-    Ok(())
+        setrlimit(resource, limit)
+    })
 }

@@ -93,7 +93,12 @@ const EMULATOR: Posture = Posture {
     ],
     trees: false,
     listens: &[],
-    limits: &[],
+    limits: &[
+        ("Max core file size", "0"),
+        ("Max processes", "1024"),
+        ("Max open files", "16384"),
+        ("Max msgqueue size", "0"),
+    ],
     // Its own.
     filters: 1,
     threads: &[],

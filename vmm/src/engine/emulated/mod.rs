@@ -31,9 +31,9 @@ use rustix::thread::{CapabilitySet, UnshareFlags, set_no_new_privs, unshare_unsa
 use self::arguments::{Frontend, Socket};
 use self::output::Tail;
 use crate::config::MachineConfig;
-use crate::jail::privileges;
 use crate::jail::seccomp::Kind;
 use crate::jail::threads;
+use crate::jail::{privileges, rlimits};
 use crate::machine::end::{End, EndReason, EndSender};
 use crate::serial::ConsoleRing;
 use crate::virtio::VirtioDevice;
@@ -276,7 +276,7 @@ fn spawn(command: &mut Command, sockets: Vec<UnixStream>) -> io::Result<Child> {
     Ok(child)
 }
 
-/// Namespaces of its own, and no more capabilities than its change of root and user takes; these go with the user.
+/// Namespaces and limits of its own, and no more capabilities than its change of root and user takes; these go with the user.
 fn confine() -> io::Result<()> {
     let apart =
         UnshareFlags::NEWNS | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS | UnshareFlags::NEWNET;
@@ -286,6 +286,7 @@ fn confine() -> io::Result<()> {
     mount_change("/", private)?;
     let kept = CapabilitySet::SYS_CHROOT | CapabilitySet::SETUID | CapabilitySet::SETGID;
     privileges::bound(kept)?;
+    rlimits::set(&rlimits::OF_MACHINE)?;
     Ok(set_no_new_privs(true)?)
 }
 
