@@ -31,7 +31,7 @@ pub const TESTS: &[Test] = &[
         ANY
     ),
     test!(files::python_reads_and_writes_files, PYTHON, ANY),
-    test!(files::extended_attributes_are_kept, PYTHON, ANY),
+    test!(files::extended_attributes_are_kept, PYTHON, ANY).fast_host(),
     test!(
         files::mapped_files_locks_and_deleted_files_work,
         PYTHON,

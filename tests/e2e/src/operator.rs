@@ -34,7 +34,8 @@ pub const TESTS: &[Test] = &[
         operator::installed_files_run_a_container_and_undo_leaves_nothing,
         BUSYBOX,
         MACHINES
-    ),
+    )
+    .fast_host(),
 ];
 
 fn bulkhead(suite: &Suite, args: &[&str]) -> Invocation {

@@ -57,10 +57,10 @@ impl Scale {
     pub const SLOW: Self = Self {
         name: "slow host",
         patience: 8,
-        bulk: 64 << 20,
-        execs: 15,
+        bulk: 32 << 20,
+        execs: 8,
         execs_at_once: 8,
-        pods: 5,
+        pods: 3,
         pods_at_once: 3,
         rounds: 5,
         folders: 20,
