@@ -1,12 +1,15 @@
 # The commands a person types. Each sets up what it needs (Debian packages, kernel, images) and says so.
 
-.PHONY: demo test bench dist check images kvm-host clean
+.PHONY: demo test soak bench dist check images kvm-host clean
 
 demo: dist images                   ## run a pod and show it
 	tests/demo/run
 
 test: dist images                   ## every test, on both engines
 	tests/run
+
+soak: dist images                   ## pods come and go for an hour, and nothing grows
+	tests/load/run
 
 bench: dist images                  ## the measure beside runc and other peers
 	tests/bench/run

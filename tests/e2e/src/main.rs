@@ -1,6 +1,6 @@
 //! `bulkhead-e2e`: claims about Bulkhead, each through the real `containerd` and `ctr`, on one engine.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use bulkhead_harness::{
     Choice, Engine, Scale, Suite, Test,
@@ -26,6 +26,7 @@ mod pods;
 mod posture;
 mod process;
 mod size;
+mod soak;
 mod stdio;
 mod stopped;
 mod survival;
@@ -59,6 +60,12 @@ struct Args {
     /// Smaller sizes.
     #[arg(long)]
     quick: bool,
+    /// The soak in place of all other cases, with so many pods.
+    #[arg(long, conflicts_with = "minutes")]
+    pods: Option<u32>,
+    /// The same for so many minutes.
+    #[arg(long)]
+    minutes: Option<u32>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -70,10 +77,15 @@ enum EngineName {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let mut all = all();
-    if args.containerd.is_some() {
-        all.extend_from_slice(walk::TESTS);
-    }
+    let pods = args.pods.map(soak::Length::Pods);
+    let minutes = |m| soak::Length::Time(Duration::from_secs(u64::from(m) * 60));
+    let all = match pods.or(args.minutes.map(minutes)) {
+        Some(length) => {
+            soak::LENGTH.get_or_init(|| length);
+            soak::TESTS.to_vec()
+        }
+        None => all(args.containerd.is_some()),
+    };
     let Some(chosen) = args.choice.of(&all, |test| test.name) else {
         return ExitCode::SUCCESS;
     };
@@ -123,7 +135,7 @@ fn run(args: &Args, chosen: &[&Test]) -> anyhow::Result<Tally> {
     Ok(runner::run(&suite, chosen))
 }
 
-fn all() -> Vec<Test> {
+fn all(other_containerd: bool) -> Vec<Test> {
     let mut all = [
         host::TESTS,
         view::TESTS,
@@ -149,5 +161,8 @@ fn all() -> Vec<Test> {
     all.extend(cri::tests());
     all.extend(network::tests());
     all.extend(docker::tests());
+    if other_containerd {
+        all.extend_from_slice(walk::TESTS);
+    }
     all
 }

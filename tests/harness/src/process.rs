@@ -6,7 +6,7 @@ use rustix::process::{Pid, Signal};
 
 use crate::{
     failure::{Context, Outcome},
-    smaps,
+    smaps::{self, Map},
 };
 
 /// Executables of a pod.
@@ -54,10 +54,23 @@ impl Process {
 
     /// KiB of memory in use, without mappings as large as `machine_mib` / 2: the guest's memory is no growth.
     pub fn memory_kib(&self, machine_mib: u64) -> Outcome<u64> {
+        self.mapped_kib(machine_mib, |map| map.rss)
+    }
+
+    /// The same of what no other process has mapped, and without code that the process writes itself: the emulator's
+    /// translations, which fill a buffer of fixed size.
+    pub fn private_kib(&self, machine_mib: u64) -> Outcome<u64> {
+        self.mapped_kib(machine_mib, |map| match map.rights {
+            "rwxp" => 0,
+            _ => map.private,
+        })
+    }
+
+    fn mapped_kib(&self, machine_mib: u64, kib: fn(&Map<'_>) -> u64) -> Outcome<u64> {
         let smaps = crate::failure::read(format!("/proc/{}/smaps", self.pid))?;
         let maps = smaps::maps(&smaps);
         let own = maps.iter().filter(|map| map.kib < machine_mib * 512);
-        Ok(own.map(|map| map.rss).sum())
+        Ok(own.map(kib).sum())
     }
 }
 

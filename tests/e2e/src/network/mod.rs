@@ -30,7 +30,7 @@ pub fn tests() -> Vec<Test> {
 }
 
 /// A container in the plug's namespace, with the tools.
-fn run<'a>(suite: &'a Suite, plug: &Plug) -> Run<'a> {
+pub fn run<'a>(suite: &'a Suite, plug: &Plug) -> Run<'a> {
     let [flag, value] = plug.flag();
     suite.run(Image::Net).flag(flag).flag(value)
 }
