@@ -109,7 +109,7 @@ fn spawn_daemon(args: &Args, socket: &Path) -> Result<(), Error> {
     if daemon.is_err() {
         let _ = fs::remove_file(socket);
     }
-    daemon.map_err(Error::Daemon)
+    daemon.map(drop).map_err(Error::Daemon)
 }
 
 /// What a shim's process was started with.

@@ -44,6 +44,10 @@ pub enum Message {
     End,
     /// To the keeper: we end, and another shall take over.
     Replace,
+    /// To the worker: give a sign of life.
+    Ping,
+    /// To the keeper: here it is.
+    Pong,
     /// Of another version: to be ignored.
     Unknown,
 }

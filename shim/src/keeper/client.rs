@@ -18,6 +18,14 @@ use crate::limits::{CLIENT_CALL_BYTES, CLIENT_CALLS, CLIENT_TRIES, CLIENT_WAITIN
 /// How long the worker's death may take to be seen after one of its connections ended; a connection that it closed alone is closed.
 const DEATH: Duration = Duration::from_secs(1);
 
+/// A call without an answer.
+struct Call {
+    frame: Frame,
+    since: Instant,
+    /// Workers that died before they answered.
+    tries: u32,
+}
+
 /// One connection.
 pub struct Client {
     outer: UnixStream,
@@ -26,8 +34,8 @@ pub struct Client {
     answered: Cutter,
     to_worker: Vec<u8>,
     to_client: Vec<u8>,
-    /// By stream, oldest first, with the number of workers that died before they answered.
-    calls: BTreeMap<u32, (Frame, u32)>,
+    /// By stream.
+    calls: BTreeMap<u32, Call>,
     /// What they take.
     call_bytes: usize,
     /// Since when the worker's end is closed.
@@ -68,6 +76,11 @@ impl Client {
     /// When it wants to be looked at even if nothing happens.
     pub fn timeout(&self) -> Option<Duration> {
         self.lost.map(|_| DEATH / 4)
+    }
+
+    /// Since when the oldest of its calls has no answer.
+    pub fn unanswered(&self) -> Option<Instant> {
+        self.calls.values().map(|call| call.since).min()
     }
 
     /// What it waits for.
@@ -132,13 +145,18 @@ impl Client {
         if frame.is_request() && self.calls.len() < CLIENT_CALLS && bytes <= CLIENT_CALL_BYTES {
             self.forget(frame.stream());
             self.call_bytes = self.call_bytes.saturating_add(frame.bytes().len());
-            self.calls.insert(frame.stream(), (frame, 0));
+            let call = Call {
+                frame,
+                since: Instant::now(),
+                tries: 0,
+            };
+            self.calls.insert(call.frame.stream(), call);
         }
     }
 
     fn forget(&mut self, stream: u32) {
-        if let Some((frame, _)) = self.calls.remove(&stream) {
-            self.call_bytes = self.call_bytes.saturating_sub(frame.bytes().len());
+        if let Some(call) = self.calls.remove(&stream) {
+            self.call_bytes = self.call_bytes.saturating_sub(call.frame.bytes().len());
         }
     }
 
@@ -174,16 +192,16 @@ impl Client {
         self.answered.clear();
         self.to_worker.clear();
         let (to_worker, to_client) = (&mut self.to_worker, &mut self.to_client);
-        self.calls.retain(|&stream, (frame, tries)| {
-            *tries = tries.saturating_add(1);
-            let again = *tries <= CLIENT_TRIES || frame.waits();
+        self.calls.retain(|&stream, call| {
+            call.tries = call.tries.saturating_add(1);
+            let again = call.tries <= CLIENT_TRIES || call.frame.waits();
             match again {
-                true => to_worker.extend_from_slice(frame.bytes()),
+                true => to_worker.extend_from_slice(call.frame.bytes()),
                 false => to_client.extend_from_slice(Frame::lost(stream).bytes()),
             }
             again
         });
-        let left = self.calls.values().map(|(frame, _)| frame.bytes().len());
+        let left = self.calls.values().map(|call| call.frame.bytes().len());
         self.call_bytes = left.sum();
         Ok(theirs)
     }

@@ -12,12 +12,15 @@
 //! the new worker finds the pod by its state folder (`task/adopt.rs`). Nothing that went through a standard stream is lost: it moves from
 //! socket to fifo inside the kernel (`stdio.rs`), and both are held here.
 //!
+//! A worker that stands still is no worker: while a call has no answer the keeper asks for signs of life, and kills one that gives none (`life.rs`).
+//!
 //! It has one thread, no runtime and no state that must be saved. What it reads comes from containerd and from the worker, both root. If
 //! the keeper itself is killed, containerd calls `delete`, and the worker ends the pod.
 
 mod channel;
 mod client;
 mod frame;
+mod life;
 mod worker;
 
 use std::{
@@ -40,7 +43,7 @@ use rustix::{
     process::{Pid, set_child_subreaper},
 };
 
-use self::{channel::Message, client::Client};
+use self::{channel::Message, client::Client, life::Life};
 use crate::{args::Args, logging};
 pub use worker::{Connections, Kept};
 
@@ -78,6 +81,7 @@ struct Keeper {
     args: Args,
     listener: UnixListener,
     channel: OwnedFd,
+    worker: Life,
     clients: Vec<Client>,
     stored: BTreeMap<Place, OwnedFd>,
     /// The worker has said that the pod is over.
@@ -100,14 +104,14 @@ pub fn run(args: &Args, listener: UnixListener) -> io::Result<Role> {
     listener.set_nonblocking(true)?;
     let (channel, theirs) = channel::pair()?;
     // SAFETY: this process has one thread, so the child finds every lock free.
-    match unsafe { libc::fork() } {
+    let worker = match unsafe { libc::fork() } {
         -1 => return Err(io::Error::last_os_error()),
         0 => {
             be_keeper(false);
             return Ok(Role::Worker(theirs));
         }
-        _ => {}
-    }
+        pid => Pid::from_raw(pid),
+    };
     drop(theirs);
     let _ = rustix::thread::set_name(c"bulkhead-keeper");
     channel::send(channel.as_fd(), &Message::Go { first: true }, None)?;
@@ -116,6 +120,7 @@ pub fn run(args: &Args, listener: UnixListener) -> io::Result<Role> {
         args: args.clone(),
         listener,
         channel,
+        worker: Life::of(worker),
         clients: Vec::new(),
         stored: BTreeMap::new(),
         over: false,
@@ -176,6 +181,21 @@ impl Keeper {
                 self.replace()?;
             }
             self.clients.retain(|client| !client.is_over());
+            self.look_after_worker();
+        }
+    }
+
+    fn look_after_worker(&mut self) {
+        let unanswered = self.clients.iter().filter_map(Client::unanswered).min();
+        match self.worker.look(unanswered, Instant::now()) {
+            life::Next::Wait => {}
+            // A worker that is gone is seen by reading.
+            life::Next::Ask => drop(channel::send(self.channel.as_fd(), &Message::Ping, None)),
+            life::Next::Kill => {
+                logging::start(&self.args);
+                tracing::error!(after = ?life::STANDS_STILL, "the shim stands still: it is killed");
+                self.worker.kill();
+            }
         }
     }
 
@@ -185,6 +205,9 @@ impl Keeper {
             .accepts_from
             .map(|from| from.saturating_duration_since(Instant::now()));
         let listens = timeout.is_none_or(|rest| rest.is_zero());
+        let unanswered = self.clients.iter().filter_map(Client::unanswered).min();
+        let look = self.worker.timeout(unanswered, Instant::now());
+        timeout = timeout.into_iter().chain(look).min();
         let mut fds = vec![
             PollFd::new(&self.channel, PollFlags::IN),
             // An empty interest still hears of errors, of which a listening socket has none.
@@ -251,6 +274,7 @@ impl Keeper {
             },
             (Message::End, _) => self.over = true,
             (Message::Replace, _) => self.wanted = true,
+            (Message::Pong, _) => self.worker.gave_sign(),
             _ => {}
         }
     }
@@ -291,7 +315,7 @@ impl Keeper {
         be_keeper(true);
         // What has ended in between.
         while let Ok(Some(_)) = rustix::process::wait(rustix::process::WaitOptions::NOHANG) {}
-        started?;
+        self.worker = Life::of(started?);
         drop(theirs);
         self.channel = channel;
         for ((process, role), fd) in &self.stored {
@@ -319,13 +343,13 @@ impl Keeper {
     }
 }
 
-/// Starts `program` detached, with `fd` as its [`INHERITED_FD`] and nothing else. It is not waited for.
+/// Starts `program` detached, with `fd` as its [`INHERITED_FD`] and nothing else; gives its pid. It is not waited for.
 pub fn spawn_with(
     program: &Path,
     fd: BorrowedFd<'_>,
     args: &Args,
     action: Option<&str>,
-) -> io::Result<()> {
+) -> io::Result<Option<Pid>> {
     let fd = fd.as_raw_fd();
     let mut command = Command::new(program);
     command
@@ -357,7 +381,8 @@ pub fn spawn_with(
             Ok(())
         });
     }
-    command.spawn().map(drop)
+    let child = command.spawn()?;
+    Ok(i32::try_from(child.id()).ok().and_then(Pid::from_raw))
 }
 
 /// The pid that the pod's shim is known by: the keeper's, which stays. Called by a worker.

@@ -157,6 +157,7 @@ impl Kept {
                     Ok(Some((Message::Client, Some(fd)))) => {
                         let _ = queue.send(stream(fd)).await;
                     }
+                    Ok(Some((Message::Ping, _))) => this.tell(&Message::Pong, None),
                     Ok(Some(_)) => {}
                     Ok(None) => ready.clear_ready(),
                     Err(_) => break,

@@ -9,6 +9,8 @@ use rustix::process::Signal;
 
 use crate::stopped;
 
+/// The keeper's worker.
+const SHIM: &str = "shim";
 const BUSYBOX: &[Image] = &[Image::Busybox];
 
 /// The cases of this group.
@@ -22,17 +24,20 @@ pub const TESTS: &[Test] = &[test!(
 /// and the pod is removed.
 fn a_process_that_stands_still_keeps_no_pod(suite: &Suite) -> Outcome {
     let victims: &[&str] = match suite.engine {
-        Engine::Emulated => &["bulkhead-vmm", "bulkhead-fs", "qemu-system"],
-        _ => &["bulkhead-vmm", "bulkhead-fs"],
+        Engine::Emulated => &[SHIM, "bulkhead-vmm", "bulkhead-fs", "qemu-system"],
+        _ => &[SHIM, "bulkhead-vmm", "bulkhead-fs"],
     };
-    // A container may outlive SIGKILL by 30 s, then its machine goes.
+    // A container may outlive SIGKILL by 30 s, then its machine goes; a shim is asked after 15 s and killed after 30 more.
     let limit = suite.scale.seconds(60);
     let mut all = Vec::new();
     for &victim in victims {
         let events = Events::subscribe(suite)?;
         let pod = suite.busybox().sh("sleep 1000").detach()?;
         std::thread::sleep(Duration::from_millis(300));
-        let process = pod.command(victim).or_else(|_| pod.process(victim))?;
+        let process = match victim {
+            SHIM => pod.shim()?,
+            _ => pod.command(victim).or_else(|_| pod.process(victim))?,
+        };
         process.signal(Signal::STOP)?;
         let kill = pod.task(&["kill", "-s", "SIGKILL"]).limit(limit).spawn()?;
         all.push((pod, events, process, kill, Instant::now()));
