@@ -51,6 +51,7 @@ fn serve() -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("start the runtime")?;
+    bulkhead_failpoint::reach("agent.serve")?;
     runtime.block_on(async {
         let sigchld = signal(SignalKind::child()).context("watch children")?;
         let reaper = Arc::new(reaper::Reaper::default());

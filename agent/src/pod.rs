@@ -11,6 +11,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use bulkhead_failpoint::reach;
 use bulkhead_protocol::{
     agent::{
         CreateContainerRequest, CreateExecRequest, ListResponse, ListedContainer, ListedProcess,
@@ -165,6 +166,7 @@ impl Pod {
             cgroup_namespace: namespaces::is_new(&spec, LinuxNamespaceType::Cgroup)
                 || namespaces::is_joined(&spec, LinuxNamespaceType::Cgroup),
         };
+        reach("agent.cgroup").step(|| "make the cgroup".into())?;
         let cgroup = Cgroup::create(&identity.id, &spec, &shared.ids)?;
         let process = Process::new(flags, None);
         let work = Work::Create {
@@ -178,6 +180,9 @@ impl Pod {
         };
         let folder = cgroup::open(cgroup.path())?;
         let mut launched = process.launch(&self.reaper, &work, folder, &joined).await;
+        if let Err(error) = reach("agent.launched") {
+            launched = launched.and(Err(Error::step("launch", error)));
+        }
         if let (Ok(prepared), true) = (&launched, own_network)
             && let Err(error) = self.network.adopt(prepared.pid)
         {
@@ -250,6 +255,7 @@ impl Pod {
     /// Registers an exec.
     pub fn create_exec(&self, request: &CreateExecRequest) -> Result<()> {
         check_id("exec", &request.exec_id)?;
+        reach("agent.exec").step(|| "register the exec".into())?;
         if request.process.len() > SPEC_MAX {
             return Err(Error::field("process", "is too large"));
         }
@@ -273,6 +279,12 @@ impl Pod {
 
     /// Starts a created init or a registered exec; answers its pid.
     pub async fn start(self: Arc<Self>, container: String, exec: String) -> Result<u32> {
+        let point = if exec.is_empty() {
+            "agent.start"
+        } else {
+            "agent.exec-start"
+        };
+        reach(point).step(|| "start".into())?;
         let process = self.process(&container, &exec)?;
         let started = match process.begin()? {
             Begun::Created(prepared) => process.release(prepared).await,
@@ -334,6 +346,7 @@ impl Pod {
 
     /// Sends a signal to a process, or to all of the container.
     pub fn signal(&self, container: &str, exec: &str, signal: u32, all: bool) -> Result<()> {
+        reach("agent.signal").step(|| "signal".into())?;
         let number = i32::try_from(signal)
             .ok()
             .filter(|number| (0..=64).contains(number));
@@ -356,6 +369,7 @@ impl Pod {
 
     /// Frees an exec, or a container with everything it has.
     pub async fn delete(self: Arc<Self>, container: String, exec: String) -> Result<Exit> {
+        reach("agent.delete").step(|| "delete".into())?;
         let process = self.process(&container, &exec)?;
         let exit = process.end().await?;
         if !exec.is_empty() {

@@ -50,6 +50,8 @@ pub fn fatal(text: &str) -> ! {
     let line = format!("bulkhead-agent: {text}\n");
     if let Ok(mut console) = OpenOptions::new().write(true).open("/dev/console") {
         let _ = console.write_all(line.as_bytes());
+        // The port is slower than the end.
+        let _ = rustix::termios::tcdrain(&console);
     }
     restart()
 }

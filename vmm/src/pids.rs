@@ -53,6 +53,7 @@ impl Pids {
             let _ = tell.send(rustix::thread::gettid());
             let _ = ended.recv();
         };
+        bulkhead_failpoint::reach("vmm.add-pid").map_err(PidError::Thread)?;
         let thread = threads::spawn(Kind::Pid, builder, body).map_err(PidError::Thread)?;
         let pid = told
             .recv()

@@ -8,6 +8,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
+use bulkhead_failpoint::reach;
 use nix::sched::CloneFlags;
 use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
 use rustix::{
@@ -218,6 +219,7 @@ fn create(
     )
     .step(|| "cut the mounts off from the guest's".into())?;
     namespaces::set_up(spec)?;
+    reach("agent.rootfs").step(|| "rootfs: mount".into())?;
     let root = rootfs::mount(&sources.rootfs)?;
     let root = root.as_fd();
     let list = spec.mounts().as_deref().unwrap_or_default();
@@ -243,6 +245,7 @@ fn create(
         };
         mount_setattr(root, false, readonly).step(|| "root.readonly: set".into())?;
     }
+    reach("agent.pivot").step(|| "pivot".into())?;
     pivot(root, linux.rootfs_propagation().as_deref())?;
     let hooks = || hooks::start_container(spec, container);
     let program = match pause {

@@ -15,6 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bulkhead_failpoint::reach;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
 
@@ -116,13 +117,21 @@ impl Client {
         request: &Value,
         fds: &[OwnedFd],
     ) -> Result<Value, Error> {
+        let op = request.get("op").and_then(Value::as_str).unwrap_or("?");
+        let point = match op {
+            "add" => Some("create.trees"),
+            "add-pid" => Some("create.pid"),
+            "remove" => Some("delete.trees"),
+            "remove-pid" => Some("delete.pid"),
+            _ => None,
+        };
+        point.map_or(Ok(()), reach).map_err(|e| self.io(e))?;
         let stream = match slot {
             Some(stream) => stream,
             None => slot.insert(connect(&self.path, &self.over).map_err(|e| self.io(e))?),
         };
         send(stream, &format!("{request}\n"), fds).map_err(|e| self.io(e))?;
         let line = read_line(stream).map_err(|e| self.io(e))?;
-        let op = request.get("op").and_then(Value::as_str).unwrap_or("?");
         parse_answer(&line).map_err(|message| match message {
             Some(message) => Error::Refused {
                 peer: self.peer(),

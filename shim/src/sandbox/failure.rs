@@ -6,7 +6,7 @@ use serde::Deserialize;
 use tokio::time::{sleep, timeout};
 
 use super::{
-    Error, Pod, control,
+    END, Error, Pod, control,
     machine::End,
     postmortem::PostMortem,
     timeline::{OfVmm, Stage},
@@ -55,8 +55,13 @@ impl Pod {
     /// What a failed start is about: the machine's own end says more than a connection that broke, and what the check of
     /// the host knows more than an engine that failed.
     pub async fn why(&self, error: Error) -> Error {
+        // A connection that broke may be the begin of it.
+        if matches!(error, Error::Control(control::Error::Io { .. })) {
+            let _ = timeout(END, self.ended()).await;
+        }
         let end = match (self.end(), error) {
-            (Some(end), Error::Control(_)) | (_, Error::Ended(end)) => end,
+            (Some(end), Error::Control(_)) if !end.is_orderly() => end,
+            (_, Error::Ended(end)) => end,
             (_, error) => return error,
         };
         if self.engine == Engine::Kvm

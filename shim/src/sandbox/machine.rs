@@ -243,7 +243,8 @@ pub fn is_shown(c: char) -> bool {
         && !matches!(c, '\u{200e}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
-fn last_line(file: &Path) -> String {
+/// The last line of a log, in parentheses.
+pub(super) fn last_line(file: &Path) -> String {
     let Ok(mut file) = fs::File::open(file) else {
         return String::new();
     };

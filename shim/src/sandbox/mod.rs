@@ -37,6 +37,7 @@ use std::{
     time::Duration,
 };
 
+use bulkhead_failpoint::reach;
 use bulkhead_protocol::{agent, agent_ttrpc::AgentClient, limits::AGENT_PORT};
 use tokio::{
     net::UnixStream,
@@ -65,8 +66,13 @@ use crate::{
 
 /// How long the guest may take to power off before it is stopped from outside.
 const POWER_OFF: Duration = Duration::from_secs(3);
+/// The VMM's word, and ours where it does not see it.
+const FILE_SERVER_DIED: &str = "file-server-died";
 /// How long the VMM may take to see that its file server is gone.
 const FS_DEATH: Duration = Duration::from_millis(800);
+
+/// How long the machine's end may come after a connection of it broke.
+const END: Duration = Duration::from_secs(2);
 
 /// How far the machine has come to its end.
 #[derive(Clone, Debug)]
@@ -110,7 +116,9 @@ impl Pod {
         clear_stale(&dir, &format!("{namespace}/{id}"))?;
         state::make_private_dir(&dir).map_err(state_error(&dir))?;
         let of = (record, timeline);
-        let started = Self::start_in(config, of, &dir, bundle, sizing, place);
+        let started = reach("create.folder")
+            .map_err(state_error(&dir))
+            .and_then(|()| Self::start_in(config, of, &dir, bundle, sizing, place));
         if started.is_err() {
             let _ = wipe(&dir);
         }
@@ -146,6 +154,7 @@ impl Pod {
         let (uplink, for_uplink) = uplink::pair().map_err(state_error(dir))?;
         let (mut for_vmm, for_fs) = spawn::fs_channels().map_err(state_error(dir))?;
         machine::write_machine(dir, config, sizing, uid, &for_vmm, &for_uplink)
+            .and_then(|()| reach("create.config"))
             .map_err(state_error(dir))?;
         for_vmm.push(for_uplink);
         let control = control::Client::new(dir.join("control.sock"));
@@ -231,8 +240,9 @@ impl Pod {
     /// Waits until the agent serves, and connects to it.
     pub async fn ready(&self, mut ready: Ready) -> Result<(), Error> {
         let booted = async {
-            let version = vsock::accept_ready(&mut ready)
-                .await
+            let version = vsock::accept_ready(&mut ready).await;
+            let version = version
+                .and_then(|version| reach("create.ready").map(|()| version))
                 .map_err(Error::Agent)?;
             if version != bulkhead_protocol::VERSION {
                 return Err(Error::Version(version));
@@ -254,6 +264,7 @@ impl Pod {
 
     /// Connects to the agent, which serves.
     async fn connect_agent(&self) -> Result<(), Error> {
+        reach("create.agent").map_err(Error::Agent)?;
         let stream = vsock::connect(&self.vsock(), AGENT_PORT)
             .await
             .map_err(Error::Agent)?;
@@ -265,7 +276,7 @@ impl Pod {
 
     /// A broken connection is most often the machine's end: then that is the reason.
     async fn explain(&self, error: Error) -> Error {
-        match timeout(Duration::from_secs(1), self.ended()).await {
+        match timeout(END, self.ended()).await {
             Ok(end) => Error::Ended(end),
             Err(_) => error,
         }
@@ -379,7 +390,8 @@ impl Pod {
     /// Ends the machine and waits until nothing of the pod is left.
     pub async fn stop(&self) {
         let _awake = self.rest.wake().await;
-        if self.end().is_none() && self.agent.get().is_some() {
+        let asked = reach("delete.power-off").is_ok();
+        if asked && self.end().is_none() && self.agent.get().is_some() {
             let off = async {
                 if let Ok(agent) = self.agent() {
                     let _ = agent
@@ -487,7 +499,11 @@ fn child(
     };
     args.splice(0..0, ["--state-dir".to_owned(), dir.display().to_string()]);
     let log = dir.join(format!("{name}.log"));
-    let spawned = spawn::spawn(program, &args, keep, place, &log);
+    let point = match name {
+        "vmm" => "create.vmm",
+        _ => "create.fs",
+    };
+    let spawned = reach(point).and_then(|()| spawn::spawn(program, &args, keep, place, &log));
     let (child, pid) = spawned.map_err(spawn_error)?;
     // Not reaped yet, so the pid is the child's even if it has ended.
     let id = ProcessId::of(pid).ok_or_else(|| spawn_error(io::ErrorKind::NotFound.into()))?;
@@ -524,8 +540,12 @@ async fn watch_helpers(
     };
     let mut end = End::read(&dir, status);
     if killed && end.reason == "vmm-died" {
-        end.reason = "file-server-died".into();
+        end.reason = FILE_SERVER_DIED.into();
         end.detail = "bulkhead-fs ended".into();
+    }
+    if end.reason == FILE_SERVER_DIED {
+        let why = machine::last_line(&dir.join("fs.log"));
+        end.detail = format!("{} {why}", end.detail).trim_end().into();
     }
     if !end.is_orderly()
         && let Some((1.., path)) = cgroup::oom_kills(&dir)
@@ -556,7 +576,7 @@ async fn watch_helpers(
         network.close();
         cgroup::clean(&leftovers);
         book.close();
-        state::remove_dir(&leftovers)
+        reach("delete.folder").and_then(|()| state::remove_dir(&leftovers))
     });
     if let Ok(Err(error)) = removed.await {
         tracing::error!(%error, dir = %dir.display(), "removing the state folder");

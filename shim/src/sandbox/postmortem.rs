@@ -35,7 +35,9 @@ pub struct PostMortem {
 impl PostMortem {
     /// Of a machine that ended.
     pub fn of(end: &End) -> Self {
-        let console = if end.is_orderly() { "" } else { &end.console };
+        // One that never ran has a reason to have ended, however orderly.
+        let as_wished = end.is_orderly() && end.stages.are_done();
+        let console = if as_wished { "" } else { &end.console };
         Self {
             what: format!(
                 "the pod's machine ended while {}: {}",

@@ -180,6 +180,11 @@ impl Stages {
             .find(|&stage| stage != Stage::Rootfs || self.end(stage).is_none())
     }
 
+    /// Whether the pod had started.
+    pub fn are_done(&self) -> bool {
+        self.current().is_none()
+    }
+
     /// "while the guest's kernel booted", or "while it ran".
     pub fn doing(&self) -> &'static str {
         self.current().map_or("the pod ran", Stage::doing)

@@ -22,7 +22,7 @@ pub enum Error {
     #[error("[jail] uids in the configuration: all {0} users have a pod: make the range larger")]
     Used(u32),
     /// A folder or file.
-    #[error("{path}")]
+    #[error("{path}: {source}")]
     Io {
         /// Which.
         path: PathBuf,
@@ -53,7 +53,9 @@ pub fn claim(state: &Path, dir: &Path, jail: &Jail) -> Result<u32, Error> {
     let free = range.find(|uid| used.binary_search(uid).is_err());
     let uid = free.ok_or(Error::Used(jail.uids))?;
     let file = dir.join(FILE);
-    write_private(&file, &uid.to_string()).map_err(failed(&file))?;
+    write_private(&file, &uid.to_string())
+        .and_then(|()| bulkhead_failpoint::reach("create.user"))
+        .map_err(failed(&file))?;
     Ok(uid)
 }
 

@@ -7,6 +7,7 @@ use std::{
     time::Instant,
 };
 
+use bulkhead_failpoint::reach;
 use bulkhead_protocol::{agent, limits::CONTAINERS_MAX};
 use containerd_shim_protos::{
     api::{CreateTaskRequest, CreateTaskResponse, Empty, ExecProcessRequest},
@@ -19,6 +20,7 @@ use super::{
     container::{Container, Made, process_request},
     error::Error,
     life::kill_in_guest,
+    passed,
     process::{Phase, Process},
     record::Record,
 };
@@ -298,7 +300,7 @@ impl Shared {
             .agent()?
             .create_container(deadline(MAKE), &request)
             .await;
-        let pid = answer(pod, result).await?.pid;
+        let pid = answer(pod, passed("create.container", result)).await?.pid;
         let pumps = connect(pod, &req.id, "", io).await;
         if pumps.is_err()
             && let Ok(agent) = pod.agent()
@@ -389,7 +391,7 @@ impl Shared {
         request.process = program;
         request.stdio = MessageField::some(io.request());
         let result = pod.agent()?.create_exec(deadline(CALL), &request).await;
-        answer(pod, result).await?;
+        answer(pod, passed("exec.create", result)).await?;
         let pumps = connect(pod, &req.id, &req.exec_id, io).await;
         if pumps.is_err()
             && let Ok(agent) = pod.agent()
@@ -415,6 +417,11 @@ fn hooks_of(spec: &Spec, id: &str, bundle: &Path, pid: u32) -> Runner {
 
 async fn connect(pod: &Arc<Pod>, container: &str, exec: &str, io: Io) -> Result<Pumps, Error> {
     let socket = pod.vsock();
+    let point = match exec {
+        "" => "create.streams",
+        _ => "exec.streams",
+    };
+    reach(point).map_err(Error::Stream)?;
     io.start(|kind| vsock::connect_stream(&socket, container, exec, kind))
         .await
         .map_err(Error::Stream)

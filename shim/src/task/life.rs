@@ -18,11 +18,14 @@ use super::{
     CALL, MAKE, Shared, answer,
     container::{Container, process_request},
     error::Error,
-    now,
+    now, passed,
     process::{Exit, Phase, Process},
     record::Record,
 };
-use crate::sandbox::{Pod, deadline};
+use crate::{
+    limits::AGENT_TEXT,
+    sandbox::{Pod, deadline, machine::printable},
+};
 
 /// Exit status of a process that was killed, or whose machine ended: 128 + SIGKILL.
 pub const KILLED: u32 = 137;
@@ -64,9 +67,10 @@ impl Shared {
             self.start_in_guest(&container, exec_id).await
         };
         if let Err(error) = started.await {
-            // Never started, so no event; but who waits gets an answer.
+            // Never started, so no event; but who waits gets an answer, and who reads its end.
             process.set_told();
             process.stop(killed(NOT_STARTED));
+            process.cut_off();
             container.save();
             return Err(error);
         }
@@ -104,7 +108,11 @@ impl Shared {
         let agent = container.pod.agent()?;
         let request = container.request(exec_id);
         let result = agent.start(deadline(MAKE), &request).await;
-        answer(&container.pod, result).await?;
+        let point = match exec_id {
+            "" => "start.container",
+            _ => "exec.start",
+        };
+        answer(&container.pod, passed(point, result)).await?;
         Ok(())
     }
 
@@ -204,11 +212,25 @@ impl Shared {
         request.all = req.all;
         let agent = container.pod.agent()?;
         container.set_signalled();
-        if req.exec_id.is_empty() && req.signal == libc::SIGKILL.unsigned_abs() {
+        let to_death = req.exec_id.is_empty() && req.signal == libc::SIGKILL.unsigned_abs();
+        if to_death {
             must_end(&container, &process);
         }
         let result = agent.signal(deadline(CALL), &request).await;
-        answer(&container.pod, result).await?;
+        match answer(&container.pod, passed("kill.signal", result)).await {
+            Err(Error::Agent(ttrpc::Error::RpcStatus(status)))
+                if to_death && status.code() == ttrpc::Code::INTERNAL =>
+            {
+                let why = printable(&status.message, AGENT_TEXT);
+                tracing::error!(
+                    container = container.id,
+                    why,
+                    "the agent does not kill it: the machine is killed"
+                );
+                container.pod.kill();
+            }
+            result => result.map(drop)?,
+        }
         if process.phase() == Phase::Created {
             // No start will watch it.
             self.watch(container, process);
@@ -245,9 +267,7 @@ impl Shared {
             self.release_trees(Some(&container.pod), &container.made.trees)
                 .await;
             container.pod.remove_pid(pid).await;
-            // Not before: a shim that takes over would know nothing of what is still to be given back.
             container.set_deleted();
-            Record::forget(container.pod.dir(), id);
             let mut event = TaskDelete::new();
             event.container_id = id.into();
             event.pid = pid;
@@ -255,6 +275,8 @@ impl Shared {
             event.exited_at = MessageField::some(exit.at.clone());
             self.events.publish(&event);
             self.stop_if_empty().await;
+            // Not before: a shim that takes over would know nothing of what is still to be given back, nor answer this call.
+            Record::forget(container.pod.dir(), id);
             container.made.hooks.poststop().await;
             tracing::info!(container = id, "deleted");
         } else {
@@ -324,7 +346,7 @@ async fn exit_of(container: &Container, exec_id: &str) -> Exit {
         waited = agent.wait(context::Context::default(), &request) => waited,
         _ = pod.ended() => return with_machine(pod, exec_id),
     };
-    match waited {
+    match passed("exit.wait", waited) {
         Ok(end) => Exit {
             status: end.exit_status,
             at: ago(Duration::from_nanos(end.ended_ago_ns)),
@@ -385,7 +407,10 @@ async fn delete_in_guest(container: &Container, exec_id: &str) {
         return; // Gone with the machine.
     };
     let request = container.request(exec_id);
-    let result = agent.delete(deadline(CALL), &request).await;
+    let result = passed(
+        "delete.container",
+        agent.delete(deadline(CALL), &request).await,
+    );
     if let Err(Error::Agent(error)) = answer(&container.pod, result).await {
         let error = Error::Agent(error);
         tracing::warn!(container = container.name(exec_id), %error, "the guest does not delete it");

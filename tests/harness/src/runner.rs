@@ -60,6 +60,12 @@ impl Test {
         self
     }
 
+    /// Another case of the same kind.
+    pub const fn with(mut self, run: fn(&Suite) -> Outcome) -> Self {
+        self.run = run;
+        self
+    }
+
     /// The same through CRI, in the suite's own network.
     pub const fn cri(mut self) -> Self {
         self.place = Place::Cri;

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+use bulkhead_failpoint::reach;
 use bulkhead_vmm::config::MachineConfig;
 use bulkhead_vmm::control::Control;
 use bulkhead_vmm::machine::end::{End, EndReason, EndSender, ExitFile, end_channel};
@@ -76,10 +77,14 @@ fn start(
 ) -> anyhow::Result<Arc<Machine>> {
     // Bound first, so that the shim can connect from the start.
     let control = Control::bind(&config.state_dir)?;
+    reach("vmm.build")?;
     let built = builder::build(config, console, &sender, readiness)?;
+    reach("vmm.jail")?;
     jail::enter(config)?;
+    reach("vmm.start")?;
     let machine = built.start(console.clone(), sender.clone(), readiness.clone())?;
     let machine = Arc::new(machine);
+    reach("vmm.serve")?;
     control.serve(machine.clone(), sender)?;
     jail::threads::confine_main();
     Ok(machine)

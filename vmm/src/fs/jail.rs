@@ -140,7 +140,8 @@ impl Confined {
     /// Waits for the server's end, which has begun.
     pub fn end(self) -> Result<(), Error> {
         match waitpid(Some(self.0), WaitOptions::empty()).map_err(at("waiting for the server"))? {
-            Some((_, status)) if status.exit_status() == Some(0) => Ok(()),
+            // One that failed has said why.
+            Some((_, status)) if status.exit_status().is_some() => Ok(()),
             Some((_, status)) => Err(Error::Other(format!("{status:?}"))),
             None => Err(Error::Other("unknown".into())),
         }

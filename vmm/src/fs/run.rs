@@ -5,6 +5,7 @@ use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use bulkhead_failpoint::reach;
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -67,11 +68,13 @@ fn system<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E) -> Erro
 pub fn run(config: Config) -> Result<(), Error> {
     let budget = budget().map_err(system("raising the limit of open files"))?;
     let parts = Parts::new(&config)?;
+    reach("fs.start").map_err(system("starting"))?;
     match jail::split()? {
         Role::Server(way) => {
             drop(parts.steward);
             let namespace = Namespace::enter(&config.state_dir)?;
             way.enter()?;
+            reach("fs.server").map_err(system("serving"))?;
             serve(
                 config.workers,
                 parts.listener,
@@ -87,6 +90,7 @@ pub fn run(config: Config) -> Result<(), Error> {
             let _ = rustix::thread::set_name(c"fs-steward");
             drop(Namespace::enter(&config.state_dir)?);
             jail::confine_steward()?;
+            reach("fs.steward").map_err(system("serving"))?;
             steward::serve(parts.steward).map_err(system("waiting for the server"))?;
             Ok(child.end()?)
         }
@@ -177,6 +181,7 @@ fn serve(
     Thread::Control
         .confine()
         .map_err(system("filtering system calls"))?;
+    reach("fs.serve").map_err(system("serving"))?;
     tracing::info!(
         workers = count,
         descriptors = budget.inodes.descriptors,

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
+use bulkhead_failpoint::reach;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, fstat, mkdirat, openat, unlinkat};
 use rustix::io::Errno;
 
@@ -168,6 +169,7 @@ impl Trees {
         let handles = handles.map_err(mount_error("confining it; is it a detached mount?"))?;
         let root = super::server::stat(&mount).map_err(mount_error("looking at its root"))?;
         make_name(&self.names, id, folder).map_err(mount_error("making its name"))?;
+        reach("fs.add-tree").map_err(mount_error("adding it"))?;
         let tree = Tree {
             readonly,
             shared,
@@ -185,6 +187,7 @@ impl Trees {
     /// Takes the tree `id` away and calls `forget` with it, to let go of all descriptors into it.
     pub fn remove(&self, id: &str, forget: impl FnOnce(&Arc<Tree>)) -> Result<(), Error> {
         check_id(id)?;
+        reach("fs.remove-tree").map_err(mount_error("removing it"))?;
         let _one_at_a_time = self.change();
         let removed = self
             .trees

@@ -96,6 +96,7 @@ pub fn make(dir: &Path, path: &CgroupPath) -> Result<Membership, Error> {
     let text = serde_json::to_string(&note).map_err(io::Error::other);
     text.and_then(|text| replace_private(&dir.join(FILE), &text))
         .map_err(path_error("writing", &dir.join(FILE)))?;
+    bulkhead_failpoint::reach("create.cgroup").map_err(path_error("making", &dir.join(FILE)))?;
     let mut membership = Membership::default();
     for hierarchy in &hierarchies {
         let made = hierarchy.make(path);

@@ -286,6 +286,7 @@ impl Network {
         if served.closed {
             return Err(Error::Closed);
         }
+        bulkhead_failpoint::reach("create.network").map_err(Error::Read)?;
         if all {
             served.failed.clear();
         }

@@ -46,6 +46,7 @@ pub fn build(vcpus: u8, most_vcpus: u8, slots: &[MmioSlot], debug_shell: bool) -
     if debug_shell {
         line.push_str(DEBUG_SHELL);
     }
+    line.push_str(bulkhead_failpoint::kernel_parameter().as_ref());
     for slot in slots {
         line.push_str(&format!(
             " virtio_mmio.device={}K@{:#x}:{}",

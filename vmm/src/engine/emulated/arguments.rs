@@ -138,6 +138,7 @@ pub fn arguments(
     ) {
         command_line.push_str(&format!(" mem={}M", last.end() >> 20));
     }
+    command_line.push_str(bulkhead_failpoint::kernel_parameter().as_ref());
     let user = format!("user={}:{}", config.jail.uid, config.jail.gid);
     let pairs = [
         // Nothing of a PC but what the kernel needs for its clocks, and the port for its messages.

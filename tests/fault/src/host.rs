@@ -1,0 +1,6 @@
+//! What a host can lack.
+
+use bulkhead_harness::Test;
+
+/// The cases.
+pub const TESTS: &[Test] = &[];
