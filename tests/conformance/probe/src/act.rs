@@ -150,7 +150,7 @@ fn in_child(work: impl FnOnce()) -> Value {
 }
 
 /// Share of one CPU that `processes` busy ones got, in the first of eight windows that is within 5 % of `wanted` percent, or the
-/// nearest: on a busy host a window may get less than it is allowed.
+/// nearest. On a busy host all may get less than they are allowed: then none may have more, and one a fair part.
 fn spin(wanted: u64, processes: u64) -> Value {
     let busy: Vec<i32> = (1..processes.max(1))
         .map(|_| match sys::fork() {
@@ -166,7 +166,7 @@ fn spin(wanted: u64, processes: u64) -> Value {
         sys::clock(libc::CLOCK_PROCESS_CPUTIME_ID) + others
     };
     let wanted = wanted as f64;
-    let mut best = f64::INFINITY;
+    let (mut best, mut most) = (f64::INFINITY, 0.0_f64);
     for _ in 0..8 {
         let (wall, start) = (sys::clock(libc::CLOCK_MONOTONIC), used());
         let mut now = wall;
@@ -174,6 +174,7 @@ fn spin(wanted: u64, processes: u64) -> Value {
             now = sys::clock(libc::CLOCK_MONOTONIC);
         }
         let percent = (used() - start) / (now - wall) * 100.0;
+        most = most.max(percent);
         if (percent - wanted).abs() < (best - wanted).abs() {
             best = percent;
         }
@@ -185,7 +186,8 @@ fn spin(wanted: u64, processes: u64) -> Value {
         sys::kill(*child, libc::SIGKILL);
         sys::wait(*child);
     }
-    let holds = (best - wanted).abs() <= wanted * 0.05;
+    let near = (best - wanted).abs() <= wanted * 0.05;
+    let holds = near || (most <= wanted * 1.05 && most >= wanted * 0.6);
     json!({ "holds": holds, "percent": (best * 10.0).round() / 10.0 })
 }
 
