@@ -10,6 +10,7 @@ use bulkhead_harness::{
 use clap::{Parser, ValueEnum};
 
 mod bad_input;
+mod census;
 mod cgroup;
 mod crashes;
 mod cri;
@@ -138,6 +139,7 @@ fn run(args: &Args, chosen: &[&Test]) -> anyhow::Result<Tally> {
 fn all(other_containerd: bool) -> Vec<Test> {
     let mut all = [
         host::TESTS,
+        census::TESTS,
         view::TESTS,
         process::TESTS,
         limits::TESTS,

@@ -69,16 +69,31 @@ fn deleted_in_any_order(suite: &Suite) -> Outcome {
     Ok(())
 }
 
+/// As many kills as there may be for one pod after another: only the first ones find it alive.
 fn killed_at_once(suite: &Suite) -> Outcome {
     let start = |_| suite.busybox().sh("sleep 1000").detach();
     let pods = (0..suite.scale.pods_at_once)
         .map(start)
         .collect::<Outcome<Vec<_>>>()?;
     let kill = |pod: &Pod<'_>| pod.task(&["kill", "-s", "SIGKILL"]).spawn();
-    let kills = pods.iter().map(kill).collect::<Outcome<Vec<_>>>()?;
-    for kill in kills {
-        kill.wait()?.ok()?;
+    let kills = pods.iter().cycle().take(suite.scale.kills_at_once as usize);
+    let kills = kills.map(kill).collect::<Outcome<Vec<_>>>()?;
+    let mut killed = vec![false; pods.len()];
+    for (index, kill) in kills.into_iter().enumerate() {
+        let output = kill.wait()?;
+        match output.status {
+            0 => killed[index % pods.len()] = true,
+            _ => ensure!(
+                output.errors().contains("not found"),
+                "kill {index}: {}",
+                output.errors()
+            ),
+        }
     }
+    ensure!(
+        killed.iter().all(|killed| *killed),
+        "no kill of a pod worked: {killed:?}"
+    );
     for pod in pods {
         ensure_eq!("exit status", pod.delete()?, 137);
     }

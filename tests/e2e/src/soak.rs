@@ -4,6 +4,7 @@
 mod fit;
 
 use std::{
+    path::PathBuf,
     sync::OnceLock,
     time::{Duration, Instant},
 };
@@ -12,6 +13,7 @@ use bulkhead_harness::{
     Image, Outcome, Pod, Suite, Test, ensure, ensure_eq,
     network::{self as net, GATEWAY},
     process::{self, Process},
+    profile,
     runner::ANY,
     test,
 };
@@ -35,8 +37,13 @@ pub enum Length {
     Time(Duration),
 }
 
-/// Bytes and descriptors a pod that are growth if the whole interval lies above: a page or a descriptor in ten pods.
-const GROWTH: [f64; 2] = [409.6, 0.1];
+/// Bytes in which a heap grows (M_TOP_PAD of mallopt(3)): once in the whole run is none of the pods' growth.
+const STEP: f64 = 131_072.0;
+/// Descriptors or goroutines a pod.
+const COUNT: f64 = 0.1;
+/// The emulator keeps an index of its translations, one node a block: at most a tenth of their bytes. Both end with the
+/// buffer's size, after which they begin anew.
+const INDEX: f64 = 0.1;
 /// A resident machine's memory. Mappings of half of it and more are the guest's memory, which is no growth of the process.
 const MACHINE_MIB: u64 = 128;
 /// Between two lines of progress.
@@ -45,52 +52,81 @@ const PROGRESS: Duration = Duration::from_secs(30);
 /// A process that stays, and what it held after each pod.
 struct Watched {
     process: Process,
-    /// Mappings of half of this and more are a guest's memory.
-    machine_mib: u64,
+    /// Of containerd: its profiler's socket.
+    profiler: Option<PathBuf>,
     bytes: Vec<f64>,
+    translated: Vec<f64>,
     descriptors: Vec<f64>,
+    goroutines: Vec<f64>,
 }
 
 impl Watched {
-    fn new(process: Process, machine_mib: u64) -> Self {
+    fn new(process: Process, profiler: Option<PathBuf>) -> Self {
         Self {
             process,
-            machine_mib,
+            profiler,
             bytes: Vec::new(),
+            translated: Vec::new(),
             descriptors: Vec::new(),
+            goroutines: Vec::new(),
         }
     }
 
     fn sample(&mut self) -> Outcome {
         let Process { pid, name, .. } = &self.process;
-        let kib = self.process.private_kib(self.machine_mib)?;
         let descriptors = process::fds(*pid);
+        let bytes = match &self.profiler {
+            Some(socket) => {
+                let goroutines = profile::goroutines(socket)?.len();
+                self.goroutines.push(goroutines as f64);
+                profile::heap(socket)?
+            }
+            None => {
+                let (own, translated) = self.process.written_kib(MACHINE_MIB)?;
+                self.translated.push((translated * 1024) as f64);
+                own * 1024
+            }
+        };
         // What has ended shows nothing, which would look like no growth.
-        ensure!(kib > 0 && descriptors > 0, "{name} ({pid}) has ended");
-        self.bytes.push((kib * 1024) as f64);
+        ensure!(bytes > 0 && descriptors > 0, "{name} ({pid}) has ended");
+        self.bytes.push(bytes as f64);
         self.descriptors.push(descriptors as f64);
         Ok(())
     }
 
-    /// Its line of the table, and what grew.
-    fn judge(&self) -> Outcome<(String, Option<String>)> {
+    /// Its lines of the table, and what grew.
+    fn judge(&self) -> Outcome<(String, Vec<String>)> {
         let title = format!("{} {}", self.process.command(), self.process.pid);
-        let [bytes, descriptors] = [Fit::of(&self.bytes)?, Fit::of(&self.descriptors)?];
-        let line = format!(
-            "{title:<24} {:>8.0} {:>8.0} {:>22} {:>5} {:>5} {:>26}",
-            bytes.first / 1024.0,
-            bytes.last / 1024.0,
-            bytes.show(0),
-            descriptors.first,
-            descriptors.last,
-            descriptors.show(3)
-        );
-        let grew = [(bytes, "bytes"), (descriptors, "descriptors")]
-            .into_iter()
-            .zip(GROWTH)
-            .find(|((fit, _), growth)| fit.low() > *growth)
-            .map(|((fit, unit), _)| format!("{title} grows: {:.2} {unit} a pod", fit.slope));
-        Ok((line, grew))
+        let index = match self.translated.as_slice() {
+            [] => 0.0,
+            samples => Fit::of(samples)?.slope.max(0.0) * INDEX,
+        };
+        let judged = Fit::judged(self.bytes.len()) as f64;
+        // Growth if the whole interval lies above the last value.
+        let series = [
+            ("bytes", 0, &self.bytes, STEP / judged + index),
+            ("translated", 0, &self.translated, f64::INFINITY),
+            ("descriptors", 3, &self.descriptors, COUNT),
+            ("goroutines", 3, &self.goroutines, COUNT),
+        ];
+        let (mut lines, mut grew) = (String::new(), Vec::new());
+        // Only the emulator translates, and only Go has goroutines.
+        for (unit, digits, samples, growth) in series {
+            if samples.iter().all(|sample| *sample == 0.0) {
+                continue;
+            }
+            let fit = Fit::of(samples)?;
+            lines.push_str(&format!(
+                "{title:<24} {unit:<12} {:>10.0} {:>10.0} {:>26}\n",
+                fit.first,
+                fit.last,
+                fit.show(digits)
+            ));
+            if fit.low() > growth {
+                grew.push(format!("{title} grows: {:.2} {unit} a pod", fit.slope));
+            }
+        }
+        Ok((lines, grew))
     }
 }
 
@@ -118,26 +154,21 @@ fn nothing_grows(suite: &Suite) -> Outcome {
         name: "containerd".into(),
         line: String::new(),
     };
-    let mut watched = vec![Watched::new(containerd, u64::MAX >> 10)];
+    let profiler = suite.address().with_file_name(profile::SOCKET);
+    let mut watched = vec![Watched::new(containerd, Some(profiler))];
     let own = resident.processes().into_iter();
-    watched.extend(own.map(|process| Watched::new(process, MACHINE_MIB)));
+    watched.extend(own.map(|process| Watched::new(process, None)));
 
     let pods = rounds(suite, *length, &resident, &mut watched)?;
 
     println!(
-        "         {pods} pods; after each the private memory and descriptors of:\n{:<24} {:>8} {:>8} {:>22} {:>5} {:>5} {:>26}",
-        "process",
-        "KiB then",
-        "KiB now",
-        "bytes a pod, 95 %",
-        "then",
-        "now",
-        "descriptors a pod, 95 %"
+        "         {pods} pods; after each:\n{:<24} {:<12} {:>10} {:>10} {:>26}",
+        "process", "what", "then", "now", "growth a pod, 95 %"
     );
     let mut growth = Vec::new();
     for one in &watched {
-        let (line, grew) = one.judge()?;
-        println!("{line}");
+        let (lines, grew) = one.judge()?;
+        print!("{lines}");
         growth.extend(grew);
     }
     ensure_eq!("the resident's exit status", resident.end()?, 137);

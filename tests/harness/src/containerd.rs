@@ -13,6 +13,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use crate::{
     command::Invocation,
     failure::{Context, Failure, Outcome, make_folder, write},
+    profile,
 };
 
 /// Where a containerd lives and what it starts with.
@@ -61,6 +62,8 @@ disabled_plugins = [{cri_off}"io.containerd.snapshotter.v1.aufs", "io.containerd
   address = "{run}/c.sock"
 [ttrpc]
   address = "{run}/c.sock.ttrpc"
+[debug]
+  address = "{run}/{debug}"
 # By default a removed snapshot stays for fifty times as long as the last collection took.
 [plugins."io.containerd.gc.v1.scheduler"]
   deletion_threshold = 1
@@ -71,6 +74,7 @@ disabled_plugins = [{cri_off}"io.containerd.snapshotter.v1.aufs", "io.containerd
             },
             cri = settings.cri.as_deref().unwrap_or_default(),
             data = settings.data.display(),
+            debug = profile::SOCKET,
             run = settings.run.display(),
         );
         write(settings.run.join("containerd.toml"), text)?;

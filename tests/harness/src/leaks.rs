@@ -2,13 +2,13 @@
 //! containerd does not wait for get a bounded time.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
-use crate::{network::Network, process};
+use crate::{network::Network, process, profile, records::records};
 
 /// Folder of the shims' sockets.
 const SHIMS: &str = "/run/containerd/s";
@@ -22,10 +22,45 @@ pub struct Scope {
     pub namespace: String,
     /// Folders in which no new entry may stay, with the depth that is looked at.
     pub folders: Vec<(PathBuf, u32)>,
+    /// The suite's containerd.
+    pub containerd: Option<Daemon>,
     /// Processes that may not gain a memfd or a network namespace: containerd and the suite.
     pub holders: Vec<u32>,
     /// A process of the suite's own network, and the words that lead there.
     pub network: Option<(u32, Vec<String>)>,
+}
+
+/// A containerd: what it has on record, its descriptors and its goroutines are to be what they were.
+#[derive(Clone, Debug)]
+pub struct Daemon {
+    /// Its process.
+    pub pid: u32,
+    /// Its socket.
+    pub socket: PathBuf,
+    /// Namespaces that it has records in.
+    pub namespaces: Vec<String>,
+}
+
+impl Daemon {
+    /// One line a thing. What cannot be asked is a thing as well.
+    fn state(&self) -> Vec<String> {
+        let descriptors = process::descriptors(self.pid).into_iter().map(kind);
+        let goroutines = profile::goroutines(&self.socket.with_file_name(profile::SOCKET));
+        let goroutines = goroutines.unwrap_or_else(|failure| vec![failure.to_string()]);
+        let goroutines = goroutines.iter().map(|begun| format!("goroutine {begun}"));
+        let mut state: Vec<String> = numbered(descriptors.chain(goroutines)).collect();
+        // Last, for containerd takes a while to see the connection go.
+        for namespace in &self.namespaces {
+            state.extend(
+                records(&self.socket, namespace)
+                    .unwrap_or_else(|failure| vec![failure.to_string()]),
+            );
+        }
+        state
+            .into_iter()
+            .map(|one| format!("containerd: {one}"))
+            .collect()
+    }
 }
 
 /// What is on the host, one line a thing.
@@ -52,6 +87,9 @@ impl Snapshot {
         for pid in &scope.holders {
             let fds = process::special_fds(*pid);
             seen.extend(fds.iter().map(|fd| format!("{fd} in process {pid}")));
+        }
+        if let Some(containerd) = &scope.containerd {
+            seen.extend(containerd.state());
         }
         let ours = |line: &&str| {
             line.contains(&scope.mark)
@@ -134,6 +172,22 @@ impl Snapshot {
     }
 }
 
+/// A descriptor without the number that each one of its kind has of its own.
+fn kind(target: String) -> String {
+    let kind = target.split(":[").next().unwrap_or_default();
+    format!("descriptor {kind}")
+}
+
+/// The n-th of a name, so that fewer than before is nothing new.
+fn numbered(names: impl Iterator<Item = String>) -> impl Iterator<Item = String> {
+    let mut counts = BTreeMap::<String, u32>::new();
+    names.map(move |name| {
+        let count = counts.entry(name.clone()).or_default();
+        *count += 1;
+        format!("{name}, number {count}")
+    })
+}
+
 fn text(path: impl AsRef<Path>) -> String {
     fs::read(path)
         .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
@@ -189,6 +243,7 @@ mod tests {
             mark: folder.display().to_string(),
             namespace: "none-such".into(),
             folders: vec![(folder.clone(), 2)],
+            containerd: None,
             holders: vec![],
             network: None,
         };

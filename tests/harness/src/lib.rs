@@ -12,6 +12,8 @@ pub mod leaks;
 pub mod network;
 pub mod pod;
 pub mod process;
+pub mod profile;
+pub mod records;
 pub mod runner;
 pub mod scale;
 pub mod smaps;

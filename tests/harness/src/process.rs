@@ -57,13 +57,15 @@ impl Process {
         self.mapped_kib(machine_mib, |map| map.rss)
     }
 
-    /// The same of what no other process has mapped, and without code that the process writes itself: the emulator's
-    /// translations, which fill a buffer of fixed size.
-    pub fn private_kib(&self, machine_mib: u64) -> Outcome<u64> {
-        self.mapped_kib(machine_mib, |map| match map.rights {
-            "rwxp" => 0,
-            _ => map.private,
-        })
+    /// KiB that the process has written, as large mappings are left out again: of its own, and of code that it makes
+    /// itself, which is the emulator's translations.
+    pub fn written_kib(&self, machine_mib: u64) -> Outcome<(u64, u64)> {
+        let all = self.mapped_kib(machine_mib, |map| map.dirty)?;
+        let code = self.mapped_kib(machine_mib, |map| match map.rights {
+            "rwxp" => map.dirty,
+            _ => 0,
+        })?;
+        Ok((all.saturating_sub(code), code))
     }
 
     fn mapped_kib(&self, machine_mib: u64, kib: fn(&Map<'_>) -> u64) -> Outcome<u64> {
@@ -149,14 +151,20 @@ pub fn fds(pid: u32) -> usize {
     fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
 }
 
-/// Descriptors of the process that name a memfd or a network namespace.
-pub fn special_fds(pid: u32) -> Vec<String> {
+/// What the descriptors of the process refer to.
+pub fn descriptors(pid: u32) -> Vec<String> {
     fs::read_dir(format!("/proc/{pid}/fd"))
         .into_iter()
         .flatten()
         .flatten()
         .filter_map(|entry| fs::read_link(entry.path()).ok())
         .map(|target| target.to_string_lossy().into_owned())
-        .filter(|target| target.starts_with("/memfd:") || target.starts_with("net:["))
         .collect()
+}
+
+/// Descriptors of the process that name a memfd or a network namespace.
+pub fn special_fds(pid: u32) -> Vec<String> {
+    let mut targets = descriptors(pid);
+    targets.retain(|target| target.starts_with("/memfd:") || target.starts_with("net:["));
+    targets
 }

@@ -20,6 +20,8 @@ pub struct Scale {
     pub pods: u32,
     /// Pods at the same time.
     pub pods_at_once: u32,
+    /// Kills at the same time.
+    pub kills_at_once: u32,
     /// Rounds of a case that looks for a race.
     pub rounds: u32,
     /// Folders of a hundred files each that are walked.
@@ -36,6 +38,7 @@ impl Scale {
         execs_at_once: 20,
         pods: 50,
         pods_at_once: 8,
+        kills_at_once: 100,
         rounds: 50,
         folders: 500,
     };
@@ -49,6 +52,7 @@ impl Scale {
         execs_at_once: 20,
         pods: 5,
         pods_at_once: 4,
+        kills_at_once: 20,
         rounds: 5,
         folders: 20,
     };
@@ -62,19 +66,27 @@ impl Scale {
         execs_at_once: 8,
         pods: 3,
         pods_at_once: 3,
+        kills_at_once: 9,
         rounds: 5,
         folders: 20,
     };
 
-    /// The scale for this host.
+    /// The scale for this host, with as many pods at once as `BULKHEAD_E2E_PODS_AT_ONCE` says.
     pub fn detect(quick: bool) -> Self {
         let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        if cpu.contains("QEMU TCG") || cpu.contains("QEMU Virtual CPU") {
+        let scale = if cpu.contains("QEMU TCG") || cpu.contains("QEMU Virtual CPU") {
             Self::SLOW
         } else if quick {
             Self::QUICK
         } else {
             Self::FULL
+        };
+        let asked = std::env::var("BULKHEAD_E2E_PODS_AT_ONCE").ok();
+        Self {
+            pods_at_once: asked
+                .and_then(|text| text.parse().ok())
+                .unwrap_or(scale.pods_at_once),
+            ..scale
         }
     }
 

@@ -14,8 +14,8 @@ pub struct Map<'a> {
     pub rss: u64,
     /// The same, of what several processes have mapped this one's part.
     pub pss: u64,
-    /// KiB that no other process has mapped.
-    pub private: u64,
+    /// KiB that no other process has mapped and this one has written.
+    pub dirty: u64,
     end: u64,
 }
 
@@ -45,7 +45,7 @@ pub fn maps(smaps: &str) -> Vec<Map<'_>> {
             match first {
                 "Rss:" => last.rss += kib,
                 "Pss:" => last.pss += kib,
-                "Private_Clean:" | "Private_Dirty:" => last.private += kib,
+                "Private_Dirty:" => last.dirty += kib,
                 _ => {}
             }
         }
@@ -71,10 +71,8 @@ mod tests {
             20000000-20001000 ---p 0 00:00 0\nPss: 0 kB\n\
             20001000-20002000 r-xp 0 fd:00 7 /bin/vmm\nPss: 4 kB\n";
         let maps = maps(smaps);
-        let told = maps
-            .iter()
-            .map(|m| (m.name, m.kib, m.rss, m.pss, m.private));
-        let first = ("", 262_144, 2050, 3072, 3);
+        let told = maps.iter().map(|m| (m.name, m.kib, m.rss, m.pss, m.dirty));
+        let first = ("", 262_144, 2050, 3072, 2);
         assert_eq!(
             told.collect::<Vec<_>>(),
             [first, ("", 4, 0, 0, 0), ("/bin/vmm", 4, 0, 4, 0)]

@@ -16,7 +16,7 @@ use crate::{
     containerd::{self, Containerd, Settings, unmount_below},
     docker::{self, Docker},
     failure::{Context, Outcome, make_folder, read, skip, write},
-    leaks::Scope,
+    leaks::{Daemon, Scope},
     network::Network,
     pod::Run,
     process,
@@ -462,9 +462,11 @@ impl Suite {
         mount.output()?.ok()?;
         let unmount = self.command("umount").arg(&folder);
         let remove = self.ctr(["snapshot", "rm"]).arg(&folder);
+        // `ctr` keeps it for a day.
+        let lease = self.ctr(["leases", "delete"]).arg(&folder);
         Ok(Mounted {
             folder,
-            remove: vec![unmount, remove],
+            remove: vec![unmount, remove, lease],
         })
     }
 
@@ -546,6 +548,13 @@ impl Suite {
             mark: self.mark(),
             namespace: self.namespace.clone(),
             folders,
+            containerd: containerd.as_ref().map(|containerd| Daemon {
+                pid: containerd.pid(),
+                socket: self.address(),
+                namespaces: [&self.namespace, CRI_NAMESPACE, docker::NAMESPACE]
+                    .map(ToString::to_string)
+                    .to_vec(),
+            }),
             holders: containerd
                 .iter()
                 .map(Containerd::pid)

@@ -4,11 +4,11 @@ use bulkhead_harness::{Outcome, ensure};
 
 /// Stretches of which the least sample counts: a heap's floor, not where its collector happened to be. Samples next to
 /// each other are alike, and a fit through all of them would claim to know more than it does.
-const STRETCHES: usize = 20;
+const STRETCHES: usize = 12;
 /// Samples that make a slope: two a stretch, and the quarter before.
 pub const LEAST: usize = 2 * STRETCHES * 4 / 3 + 1;
 /// Student's t for a 95 % interval and as many degrees of freedom as stretches without two.
-const T: f64 = 2.101;
+const T: f64 = 2.228;
 
 /// See the module.
 #[derive(Clone, Copy, Debug)]
@@ -56,6 +56,11 @@ impl Fit {
     /// The interval's lower end.
     pub fn low(&self) -> f64 {
         self.slope - self.half
+    }
+
+    /// How many of so many samples are judged.
+    pub fn judged(samples: usize) -> usize {
+        samples - samples / 4
     }
 
     /// The slope and its interval with so many digits.
@@ -128,9 +133,9 @@ mod tests {
     #[test]
     fn too_few_samples_are_refused_by_number() {
         assert!(Fit::of(&[1.0; LEAST]).is_ok());
-        let error = Fit::of(&[1.0; 50]).unwrap_err().to_string();
+        let error = Fit::of(&[1.0; LEAST - 1]).unwrap_err().to_string();
         assert!(
-            error.contains("50 pods are too few for a slope; 54"),
+            error.contains("32 pods are too few for a slope; 33"),
             "{error}"
         );
     }
