@@ -36,7 +36,8 @@ impl Scale {
         bulk: 1 << 30,
         execs: 100,
         execs_at_once: 20,
-        pods: 50,
+        // More of them are the soak's.
+        pods: 10,
         pods_at_once: 8,
         kills_at_once: 100,
         rounds: 50,
