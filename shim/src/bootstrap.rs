@@ -9,6 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use bulkhead_failpoint::reach;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
@@ -102,6 +103,7 @@ fn spawn_daemon(args: &Args, socket: &Path) -> Result<(), Error> {
         let path = path.to_owned();
         move |source| Error::Path { path, source }
     };
+    reach("start.socket").map_err(path_error(socket))?;
     make_private_dir(Path::new(SOCKETS)).map_err(path_error(Path::new(SOCKETS)))?;
     remove_file(socket).map_err(path_error(socket))?;
     let listener = UnixListener::bind(socket).map_err(path_error(socket))?;

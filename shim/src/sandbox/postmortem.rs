@@ -35,8 +35,8 @@ pub struct PostMortem {
 impl PostMortem {
     /// Of a machine that ended.
     pub fn of(end: &End) -> Self {
-        // One that never ran has a reason to have ended, however orderly.
-        let as_wished = end.is_orderly() && end.stages.are_done();
+        // A guest that leaves before it runs has a reason, however orderly it goes.
+        let as_wished = end.reason == "stopped" || end.is_orderly() && end.stages.are_done();
         let console = if as_wished { "" } else { &end.console };
         Self {
             what: format!(
@@ -206,12 +206,17 @@ mod tests {
     }
 
     #[test]
-    fn an_orderly_end_quotes_nothing_of_the_guest() {
+    fn an_end_that_was_asked_for_quotes_nothing_of_the_guest_and_one_before_it_ran_does() {
         let end = End {
             reason: "stopped".into(),
             console: "noise\n".into(),
             ..End::default()
         };
         assert!(!PostMortem::of(&end).to_string().contains("noise"));
+        let left = End {
+            reason: "guest-shutdown".into(),
+            ..end
+        };
+        assert!(PostMortem::of(&left).to_string().contains("| noise"));
     }
 }

@@ -166,7 +166,7 @@ impl Shared {
                 process.begin_start();
                 process.begin_stdin();
                 process.started();
-                self.watch(container.clone(), process);
+                self.watch_again(container.clone(), process);
             }
         }
     }

@@ -11,7 +11,7 @@ use containerd_shim_protos::{
     events::task::{TaskDelete, TaskExecStarted, TaskExit, TaskOOM, TaskStart},
 };
 use protobuf::{MessageField, well_known_types::timestamp::Timestamp};
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep_until, timeout};
 use ttrpc::context;
 
 use super::{
@@ -31,6 +31,8 @@ use crate::{
 pub const KILLED: u32 = 137;
 /// How long a container may live after SIGKILL.
 const SURVIVAL: Duration = Duration::from_secs(30);
+/// After this a call that the shim before had not answered has come again.
+const ASKED_AGAIN: Duration = Duration::from_millis(500);
 /// Exit status of a process that was never started.
 const NOT_STARTED: u32 = 255;
 
@@ -125,6 +127,17 @@ impl Shared {
         });
     }
 
+    /// The same of one that was taken over: its end is told no sooner than its start, which may be asked for again.
+    pub(super) fn watch_again(self: &Arc<Self>, container: Arc<Container>, process: Arc<Process>) {
+        let shared = self.clone();
+        let from = Instant::now() + ASKED_AGAIN;
+        tokio::spawn(async move {
+            let exit = exit_of(&container, &process.exec_id).await;
+            sleep_until(from).await;
+            shared.record(&container, &process, exit).await;
+        });
+    }
+
     /// Watches the machine to its end.
     pub(super) fn watch_machine(self: &Arc<Self>, pod: &Arc<Pod>) {
         let (shared, pod) = (self.clone(), pod.clone());
@@ -185,6 +198,12 @@ impl Shared {
                 continue;
             }
             for process in container.processes() {
+                if process.phase() == Phase::Created && !process.exec_id.is_empty() {
+                    // Never started, and perhaps never told of.
+                    process.set_told();
+                    process.stop(killed(KILLED));
+                    continue;
+                }
                 let exit = with_machine(pod, &process.exec_id);
                 self.record(&container, &process, exit).await;
             }

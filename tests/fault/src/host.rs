@@ -1,6 +1,166 @@
-//! What a host can lack.
+//! What a host can lack: room, descriptors, memory, a folder that can be written to. The client is told what, and nothing is left.
 
-use bulkhead_harness::Test;
+use std::{fs, os::unix::fs::PermissionsExt, path::Path};
+
+use bulkhead_harness::{
+    Context, Image, Invocation, Outcome, Output, Suite, Test, containerd::unmount_below, ensure,
+    failure::write, runner::MACHINES, test,
+};
+
+use crate::host;
+
+const BUSYBOX: &[Image] = &[Image::Busybox];
 
 /// The cases.
-pub const TESTS: &[Test] = &[];
+pub const TESTS: &[Test] = &[
+    test!(host::a_state_folder_without_room, BUSYBOX, MACHINES),
+    test!(host::a_state_folder_that_is_read_only, BUSYBOX, MACHINES),
+    test!(host::a_volume_without_room, BUSYBOX, MACHINES),
+    test!(host::a_network_namespace_that_is_missing, BUSYBOX, MACHINES),
+    test!(host::few_descriptors, BUSYBOX, MACHINES),
+    test!(host::no_memory_for_the_guest, BUSYBOX, MACHINES),
+];
+
+/// A tmpfs of a case's own; unmounted at its end.
+struct Tmpfs<'a>(&'a Path);
+
+impl<'a> Tmpfs<'a> {
+    fn mount(folder: &'a Path, options: &str) -> Outcome<Self> {
+        let mount = Invocation::new("mount").args(["-t", "tmpfs", "-o", options, "tmpfs"]);
+        mount.arg(folder).output()?.ok()?;
+        Ok(Self(folder))
+    }
+}
+
+impl Drop for Tmpfs<'_> {
+    fn drop(&mut self) {
+        unmount_below(self.0);
+    }
+}
+
+/// Each file more that the folder has room for takes the start one step further, until there is room for all.
+fn a_state_folder_without_room(suite: &Suite) -> Outcome {
+    let folder = suite.folder("full")?;
+    let _configured = suite.configured(&format!("state = {folder:?}"))?;
+    for inodes in 2..60 {
+        let _tmpfs = Tmpfs::mount(&folder, &format!("mode=700,nr_inodes={inodes}"))?;
+        let output = suite.busybox().args(&["echo", "here"]).output()?;
+        let left = fs::read_dir(&folder).context("list the state folder")?;
+        let left: Vec<_> = left.flatten().map(|e| e.file_name()).collect();
+        ensure!(left.is_empty(), "{inodes} inodes: {left:?} is left");
+        if output.status == 0 {
+            ensure!(output.text() == "here", "no output: {:?}", output.text());
+            // Folder, record, owner, user, configuration, sockets, logs.
+            ensure!(inodes > 8, "{inodes} inodes were enough");
+            return Ok(());
+        }
+        output.refused(&["o space left on device"])?;
+    }
+    Err("there is never room enough".into())
+}
+
+fn a_state_folder_that_is_read_only(suite: &Suite) -> Outcome {
+    let folder = suite.folder("read-only")?;
+    let _tmpfs = Tmpfs::mount(&folder, "ro")?;
+    let _configured = suite.configured(&format!("state = {folder:?}"))?;
+    let output = suite.busybox().args(&["true"]).output()?;
+    output.refused(&["state folder", "Read-only file system"])?;
+    Ok(())
+}
+
+/// The program is told, and the container goes on.
+fn a_volume_without_room(suite: &Suite) -> Outcome {
+    let folder = suite.folder("volume")?;
+    let _tmpfs = Tmpfs::mount(&folder, "size=1m")?;
+    let mount = format!(
+        "type=bind,src={},dst=/volume,options=rbind:rw",
+        folder.display()
+    );
+    let script = "dd if=/dev/zero of=/volume/file bs=64k count=100 conv=fsync 2>&1; echo $?; rm /volume/file; echo x >/volume/y && echo goes";
+    let output = suite.busybox().mount(mount).sh(script).output()?.ok()?;
+    let text = output.text();
+    ensure!(
+        text.contains("No space left on device") && text.ends_with("1\ngoes"),
+        "output: {text}"
+    );
+    Ok(())
+}
+
+fn a_network_namespace_that_is_missing(suite: &Suite) -> Outcome {
+    let run = suite
+        .busybox()
+        .flags(&["--with-ns", "network:/run/netns/none-such"]);
+    let output = run.args(&["true"]).output()?;
+    output.refused(&["/run/netns/none-such", "o such file"])?;
+    Ok(())
+}
+
+/// Runs a container with each of the values as the limit `ulimit -LETTER` of its shim, and of all that the shim starts.
+fn limited(
+    suite: &Suite,
+    letter: char,
+    values: &[u32],
+    mut judge: impl FnMut(u32, Output) -> Outcome,
+) -> Outcome {
+    let folder = suite.folder("limited")?;
+    let (shim, limit) = (
+        folder.join("containerd-shim-bulkhead-v1"),
+        folder.join("value"),
+    );
+    let real = suite.dist.join("containerd-shim-bulkhead-v1");
+    let script = format!(
+        "#!/bin/sh\nulimit -{letter} $(cat {}) && exec {} \"$@\"\n",
+        limit.display(),
+        real.display()
+    );
+    write(&shim, script)?;
+    fs::set_permissions(&shim, fs::Permissions::from_mode(0o755)).context("chmod")?;
+    let before = format!("export PATH={}:$PATH", folder.display());
+    let another = suite.another_containerd("limited", &before)?;
+    let address = another.address();
+    let rootfs = suite.rootfs()?;
+    for value in values {
+        write(&limit, value.to_string())?;
+        let name = suite.name("limited");
+        let run = ["run", "--rm", "--runtime", suite.runtime(), "--rootfs"];
+        let run = suite.ctr_at(&address, run).arg(&rootfs).arg(&name);
+        let output = run.args(["/bin/echo", "here"]).output()?;
+        for object in ["task", "container"] {
+            let remove = suite.ctr_at(&address, [object, "rm", &name]);
+            let _ = remove.output();
+        }
+        judge(*value, output)?;
+    }
+    Ok(())
+}
+
+/// With ever more of them the start comes one step further; the client is always told why it ends.
+fn few_descriptors(suite: &Suite) -> Outcome {
+    let mut refused = 0;
+    limited(
+        suite,
+        'n',
+        &[8, 16, 20, 24, 32, 48, 256, 4096],
+        |value, output| {
+            if output.status == 0 {
+                ensure!(output.text() == "here", "{value}: no output");
+                return Ok(());
+            }
+            let told = output.errors();
+            ensure!(value < 4096, "{value} are not enough: {told}");
+            refused += 1;
+            ensure!(told.contains("open files"), "{value}: {told}");
+            Ok(())
+        },
+    )?;
+    ensure!(refused > 0, "the limit has no effect");
+    Ok(())
+}
+
+/// The guest's memory is reserved before anything runs: what cannot be had is said.
+fn no_memory_for_the_guest(suite: &Suite) -> Outcome {
+    limited(suite, 'v', &[400_000], |_, output| {
+        output.refused(&["emory"])?;
+        Ok(())
+    })
+}

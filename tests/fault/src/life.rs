@@ -149,6 +149,16 @@ fn complete(events: &[Event], name: &str) -> Outcome {
             told.push(topic);
         }
     }
+    let exec = |topic: &str| {
+        let of = |e: &Event| e.fields["exec_id"].is_string() || e.fields["id"] != name;
+        events.iter().position(|e| e.topic == topic && of(e))
+    };
+    if let Some(end) = exec("/tasks/exit") {
+        ensure!(
+            exec("/tasks/exec-started").is_some_and(|start| start < end),
+            "the end of an exec of {name} was told before its start"
+        );
+    }
     let sorted: Vec<&str> = ORDER.into_iter().filter(|t| told.contains(t)).collect();
     ensure_eq!(format!("order of {name}'s events"), told, sorted);
     if told.contains(&"/tasks/start") {

@@ -46,7 +46,8 @@ const LAST: Option<Step> = Some(Step::Last);
 const NONE: Option<Step> = None;
 
 points! {
-    // The shim.
+    // `start`, the keeper and the shim.
+    "start.socket": RUN, RUN;
     "create.folder": RUN, NONE;
     "create.user": RUN, NONE;
     "create.config": RUN, NONE;

@@ -6,7 +6,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use bulkhead_failpoint::reach;
-use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
@@ -20,6 +19,9 @@ use super::server::{Budget, Server};
 use super::steward::{self, Steward};
 use super::{control, worker};
 use crate::limits;
+
+/// What it keeps for itself, and a little for the guest: without it no file could be opened, which the guest would take for a missing one.
+const LEAST: u64 = (limits::FS_DESCRIPTORS_KEPT + limits::FS_TREES) as u64 + 256;
 
 /// What the file server is started with.
 pub struct Config {
@@ -46,6 +48,14 @@ pub enum Error {
     /// The process could not be confined.
     #[error("confining the file server")]
     Jail(#[from] jail::Error),
+    /// The host allows too few descriptors.
+    #[error(
+        "the limit of open files is {have}, and the file server needs {LEAST}: raise the hard limit that containerd runs with (LimitNOFILE)"
+    )]
+    Descriptors {
+        /// The limit.
+        have: u64,
+    },
     /// A system call failed.
     #[error("{what}")]
     System {
@@ -66,7 +76,7 @@ fn system<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E) -> Erro
 /// Serves until every worker's socket has come to its end. Parts the calling process, which must have one thread, in two: this one
 /// stays as the steward (`steward`), its child is the server.
 pub fn run(config: Config) -> Result<(), Error> {
-    let budget = budget().map_err(system("raising the limit of open files"))?;
+    let budget = budget()?;
     let parts = Parts::new(&config)?;
     reach("fs.start").map_err(system("starting"))?;
     match jail::split()? {
@@ -126,7 +136,7 @@ impl Parts {
 /// [`run`] in threads, as a fuzzer needs it.
 #[cfg(fuzzing)]
 pub fn run_in_threads(config: Config) -> Result<(), Error> {
-    let budget = budget().map_err(system("raising the limit of open files"))?;
+    let budget = budget()?;
     run_within(config, budget)
 }
 
@@ -205,7 +215,7 @@ fn listen(config: &Config) -> Result<UnixListener, Error> {
 }
 
 /// Raises the limit of open files as far as it goes and divides it.
-fn budget() -> Result<Budget, Errno> {
+fn budget() -> Result<Budget, Error> {
     let wanted =
         limits::FS_INODES + limits::FS_HANDLES + limits::FS_DESCRIPTORS_KEPT + limits::FS_TREES;
     let wanted = wanted as u64;
@@ -222,12 +232,16 @@ fn budget() -> Result<Budget, Errno> {
                 current: now.maximum,
                 maximum: now.maximum,
             },
-        )?;
+        )
+        .map_err(system("raising the limit of open files"))?;
     }
     let have = getrlimit(Resource::Nofile)
         .current
         .unwrap_or(wanted)
         .min(wanted);
+    if have < LEAST {
+        return Err(Error::Descriptors { have });
+    }
     let kept = (limits::FS_DESCRIPTORS_KEPT + limits::FS_TREES) as u64;
     let free = usize::try_from(have.saturating_sub(kept)).unwrap_or(0);
     let handles = (free / 4).min(limits::FS_HANDLES);
