@@ -43,7 +43,7 @@ fn many_at_once(suite: &Suite) -> Outcome {
         let run = suite
             .busybox()
             .sh(format!("echo {index}; exit {index}"))
-            .seconds(120);
+            .seconds(15 * suite.scale.pods_at_once);
         running.push(run.spawn()?);
     }
     for (index, running) in running.into_iter().enumerate() {
