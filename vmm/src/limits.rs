@@ -95,6 +95,10 @@ pub const NET_FRAMES_AT_ONCE: usize = 64;
 /// Dropped frames of a pair of queues in the log before they are only counted.
 pub const NET_WARNINGS: u64 = 16;
 
+/// Pieces of free memory taken back for one report of the guest's: Linux names no more.
+/// Test: `of_a_report_no_more_than_the_cap_is_taken`.
+pub const BALLOON_REPORT_BUFFERS: usize = 32;
+
 /// Random bytes given to the guest for one request.
 /// Test: `a_buffer_is_filled_up_to_the_cap`.
 pub const RNG_REQUEST_BYTES: usize = 4 << 10;

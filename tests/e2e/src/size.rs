@@ -31,6 +31,12 @@ pub const TESTS: &[Test] = &[
         BUSYBOX,
         MACHINES
     ),
+    // The emulator's guest has no balloon.
+    test!(
+        size::memory_that_the_guest_has_freed_goes_back_to_the_host,
+        BUSYBOX,
+        &[Engine::Kvm]
+    ),
     test!(
         size::docker_update_makes_the_machine_larger,
         BUSYBOX,
@@ -116,6 +122,34 @@ fn a_second_containers_limits_make_the_machine_larger(suite: &Suite) -> Outcome 
         (report["vcpus"].as_u64(), report["memory_mib"].as_u64()),
         (Some(cpus(2)), Some(384))
     );
+    pod.end()?;
+    Ok(())
+}
+
+fn memory_that_the_guest_has_freed_goes_back_to_the_host(suite: &Suite) -> Outcome {
+    const MIB: u64 = 1 << 10;
+    let pod = suite
+        .busybox()
+        .mount("type=tmpfs,src=tmpfs,dst=/big,options=size=110m")
+        .sh("sleep 1000")
+        .detach()?;
+    let vmm = pod.process("bulkhead-vmm")?;
+    let resident = || vmm.memory_kib(1 << 20);
+    pod.sh("dd if=/dev/zero of=/big/file bs=1M count=100 2>/dev/null")?;
+    let full = resident()?;
+    ensure!(full > 100 * MIB, "with 100 MiB of files: {full} KiB");
+    pod.sh("rm /big/file")?;
+    // The guest reports every two seconds.
+    until(
+        suite.scale.seconds(20),
+        "the host has the memory of a removed file back",
+        || Ok(resident()? + 90 * MIB < full),
+    )?;
+    let text = pod.sh(
+        "dd if=/dev/zero bs=1M count=100 2>/dev/null | tee /big/file | md5sum; md5sum </big/file",
+    )?;
+    let sums: Vec<&str> = text.lines().collect();
+    ensure_eq!("what is written again", sums.first(), sums.last());
     pod.end()?;
     Ok(())
 }

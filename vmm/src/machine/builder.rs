@@ -13,6 +13,7 @@ use crate::fs::inherited_sockets;
 use crate::limits;
 use crate::serial::ConsoleRing;
 use crate::virtio::VirtioDevice;
+use crate::virtio::balloon::Balloon;
 use crate::virtio::block::{Block, BlockError, Slot};
 use crate::virtio::fs::{Fs, FsError};
 use crate::virtio::net::{self, Net};
@@ -153,7 +154,7 @@ fn net_slots(config: &MachineConfig) -> Vec<Arc<net::Slot>> {
         .collect()
 }
 
-/// One device model for both engines.
+/// One device model for both engines, but for the balloon: the emulator has its memory shared, and no frontend for ours.
 fn devices(
     config: &MachineConfig,
     kept: &Devices,
@@ -161,6 +162,9 @@ fn devices(
     end: &EndSender,
 ) -> Result<Vec<Box<dyn VirtioDevice>>, BuildError> {
     let mut devices: Vec<Box<dyn VirtioDevice>> = vec![Box::new(Rng::default())];
+    if config.engine == EngineKind::Kvm {
+        devices.push(Box::new(Balloon::default()));
+    }
     if let (Some(vsock), Some(uplink)) = (&config.vsock, &kept.uplink) {
         let socket = config.state_dir.join("vsock.sock");
         let readiness = readiness.clone();

@@ -8,6 +8,7 @@
 //! Guest bytes enter in two places only: a transport's registers, and [`queue::VirtQueue::pop`], which
 //! checks every descriptor before a device sees it.
 
+pub mod balloon;
 pub mod block;
 pub mod chain;
 pub mod fs;
@@ -86,7 +87,7 @@ pub trait VirtioDevice: Send {
     /// Device ID of virtio 1.3 section 5.
     fn device_type(&self) -> u32;
 
-    /// For logs: `vsock`, `fs`, `block`, `net`, `rng`.
+    /// For logs: `vsock`, `fs`, `block`, `net`, `rng`, `balloon`.
     fn name(&self) -> &'static str;
 
     /// The largest size of each queue, a power of two each; its length is the number of queues.

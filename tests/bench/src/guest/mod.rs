@@ -231,6 +231,7 @@ impl Emulator {
                 "stdio",
             ])
             .args(["-device", "virtio-rng-device"])
+            .args(["-device", "virtio-balloon-device,free-page-reporting=on"])
             .args(["-chardev", "socket,id=vsock,path=vsock"])
             .args(["-device", "vhost-user-vsock-device,chardev=vsock"])
             .args(["-chardev", "socket,id=fs,path=fs"])

@@ -54,6 +54,7 @@ const VMM: Posture = Posture {
     further: &[
         "container",
         "vcpu",
+        "balloon",
         "n",
         "n0",
         "n1",

@@ -18,6 +18,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 pub enum Kind {
     /// Entropy.
     Rng,
+    /// Reports of free memory.
+    Balloon,
     /// A disk.
     Block,
     /// A network interface on a tap.

@@ -12,6 +12,7 @@ use bulkhead_vmm::config::BlockConfig;
 use bulkhead_vmm::machine::end::end_channel;
 use bulkhead_vmm::virtio::fs::Fs;
 use bulkhead_vmm::virtio::net::{Attachment, Net, Rate, Slot as NetSlot};
+use bulkhead_vmm::virtio::balloon::Balloon;
 use bulkhead_vmm::virtio::rng::Rng;
 use bulkhead_vmm::virtio::vsock::{Uplink, Vsock};
 use bulkhead_vmm::virtio::{VirtioDevice, block};
@@ -48,6 +49,7 @@ pub enum Host {
 pub fn device(kind: Kind) -> (Box<dyn VirtioDevice>, Host) {
     match kind {
         Kind::Rng => (Box::<Rng>::default(), Host::None),
+        Kind::Balloon => (Box::<Balloon>::default(), Host::None),
         Kind::Block => disk(),
         Kind::Net => net(),
         Kind::Vsock => vsock(),
@@ -190,6 +192,8 @@ fn arrived(uplink: &OwnedFd) -> Option<UnixStream> {
 pub fn request_queue(kind: Kind) -> u8 {
     match kind {
         Kind::Rng | Kind::Block => 0,
+        // Reports are buffers that the device may write, which is the room of a request.
+        Kind::Balloon => 2,
         Kind::Net | Kind::Vsock | Kind::FsDevice => 1,
     }
 }
@@ -198,7 +202,7 @@ pub fn request_queue(kind: Kind) -> u8 {
 pub fn request(kind: Kind, operation: u8, one: u32, two: u32, data: &[u8]) -> Vec<u8> {
     let mut message = Vec::new();
     match kind {
-        Kind::Rng => {}
+        Kind::Rng | Kind::Balloon => {}
         // Type, reserved, sector.
         Kind::Block => {
             let kinds = [0, 1, 4, 8, 11, 13, one, two];

@@ -79,9 +79,7 @@ mod tests {
         assert!(line.contains(" maxcpus=2 "));
         assert!(!build(2, 2, &slots, false).contains("maxcpus"));
         assert!(
-            line.contains(
-                " virtio_mmio.device=4K@0xd0000000:9 virtio_mmio.device=4K@0xd0001000:10"
-            )
+            line.contains(" virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6")
         );
         assert!(line.len() < layout::CMDLINE_MAX);
     }

@@ -47,8 +47,9 @@ pub const SERIAL_PORT: u64 = 0x3f8;
 pub const SERIAL_IRQ: u32 = 4;
 /// Keyboard controller: its reset line is the machine's.
 pub const I8042_PORT: u64 = 0x60;
-/// Interrupt lines for virtio devices: above the legacy ones that have an owner, up to the I/O APIC's last pin.
-pub const VIRTIO_IRQS: std::ops::RangeInclusive<u32> = 9..=23;
+/// Interrupt lines for virtio devices: above the serial port's, up to the I/O APIC's last pin. Of the old owners of those
+/// between, none is in this machine.
+pub const VIRTIO_IRQS: std::ops::RangeInclusive<u32> = 5..=23;
 
 /// Memory is added to a running machine in blocks of this size, at multiples of it: Linux' smallest memory block.
 pub const MEMORY_BLOCK: u64 = 128 << 20;

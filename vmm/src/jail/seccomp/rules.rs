@@ -11,7 +11,7 @@ pub enum Kind {
     Control,
     /// Runs a vCPU, and the devices' registers.
     Vcpu,
-    /// Serves queues of a device: rng, block, net, vsock, fs.
+    /// Serves queues of a device: rng, balloon, block, net, vsock, fs.
     Device,
     /// Talks vhost-user to the emulator, and sets devices up for it.
     VhostUser,
@@ -111,7 +111,10 @@ static ALWAYS: &[Rule] = &[
     ),
     any(libc::SYS_munmap, "memory"),
     any(libc::SYS_mremap, "memory of the allocator"),
-    any(libc::SYS_madvise, "memory of the allocator, stacks"),
+    any(
+        libc::SYS_madvise,
+        "memory of the allocator, stacks; what the guest reports as free",
+    ),
     any(libc::SYS_brk, "memory of the allocator"),
     any(libc::SYS_read, "descriptors that it has"),
     any(libc::SYS_write, "descriptors that it has, the log"),
