@@ -23,6 +23,7 @@ struct Arguments {
 fn main() -> ExitCode {
     // No thread's filter has what glibc does to trim a heap of its own.
     jail::threads::one_heap();
+    small_pages();
     tracing_subscriber::fmt()
         .with_writer(log::stderr)
         .with_ansi(false)
@@ -35,6 +36,11 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// A huge page of a thread's stack or of the heap costs more than all that the server needs; no kernel fails to do without.
+fn small_pages() {
+    let _ = rustix::thread::disable_transparent_huge_pages(true);
 }
 
 fn serve(arguments: Arguments) -> anyhow::Result<()> {
