@@ -20,7 +20,7 @@ use super::steward::{self, Steward};
 use super::{control, worker};
 use crate::limits;
 
-/// What it keeps for itself, and a little for the guest: without it no file could be opened, which the guest would take for a missing one.
+/// What it keeps for itself, and a little for the guest, which could open nothing without it.
 const LEAST: u64 = (limits::FS_DESCRIPTORS_KEPT + limits::FS_TREES) as u64 + 256;
 
 /// What the file server is started with.
