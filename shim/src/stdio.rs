@@ -162,28 +162,30 @@ impl Io {
     pub fn open(paths: &Paths, keep: Keep) -> Result<Self, Error> {
         let stderr = if paths.terminal { "" } else { &paths.stderr };
         let mut kept = keep.kept.take(&keep.process);
-        let mut sink = |stream, role, uri: &str| match kept.remove(role) {
-            Some(fifo) if !uri.is_empty() => Ok(Some(Sink::Fifo(fifo))),
-            _ => open_sink(stream, uri),
-        };
-        let io = Self {
+        let mut io = Self {
             stdin: open_stdin(&paths.stdin)?,
-            stdout: sink("stdout", role::STDOUT_SINK, &paths.stdout)?,
-            stderr: sink("stderr", role::STDERR_SINK, stderr)?,
+            stdout: None,
+            stderr: None,
             terminal: paths.terminal,
             keep,
             guests: HashMap::new(),
             restored: false,
             started: false,
         };
-        for (sink, role) in [
-            (&io.stdout, role::STDOUT_SINK),
-            (&io.stderr, role::STDERR_SINK),
-        ] {
-            if let Some(Sink::Fifo(fifo)) = sink {
+        let mut sink = |stream, role, uri: &str| {
+            let sink = match kept.remove(role) {
+                Some(fifo) if !uri.is_empty() => Some(Sink::Fifo(fifo)),
+                _ => open_sink(stream, uri)?,
+            };
+            // At once: should this shim die before it is kept, the reader sees the end.
+            if let Some(Sink::Fifo(fifo)) = &sink {
                 io.keep.store(role, fifo);
             }
-        }
+            Ok(sink)
+        };
+        let stdout = sink("stdout", role::STDOUT_SINK, &paths.stdout)?;
+        let stderr = sink("stderr", role::STDERR_SINK, stderr)?;
+        (io.stdout, io.stderr) = (stdout, stderr);
         Ok(io)
     }
 
