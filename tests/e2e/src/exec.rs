@@ -26,7 +26,7 @@ pub const TESTS: &[Test] = &[
         ANY
     ),
     test!(exec::signal_reaches_only_the_exec, BUSYBOX, ANY),
-    test!(exec::many_one_after_another_leave_nothing, BUSYBOX, ANY),
+    test!(exec::many_one_after_another_leave_nothing, BUSYBOX, ANY).fast_host(),
     test!(exec::many_at_once, BUSYBOX, ANY),
     test!(exec::ends_with_the_container, BUSYBOX, ANY),
     test!(exec::of_a_stopped_container_is_refused, BUSYBOX, ANY),

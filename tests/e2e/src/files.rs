@@ -30,7 +30,7 @@ pub const TESTS: &[Test] = &[
         LAYERS,
         ANY
     ),
-    test!(files::python_reads_and_writes_files, PYTHON, ANY),
+    test!(files::python_reads_and_writes_files, PYTHON, ANY).fast_host(),
     test!(files::extended_attributes_are_kept, PYTHON, ANY).fast_host(),
     test!(
         files::mapped_files_locks_and_deleted_files_work,

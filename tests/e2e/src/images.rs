@@ -17,13 +17,14 @@ const PYTHON: &[Image] = &[Image::Python, Image::Layers];
 /// The cases of this group.
 pub const TESTS: &[Test] = &[
     test!(images::one_layer_is_seen_as_on_the_host, BUSYBOX, ANY),
-    test!(images::twenty_layers_are_seen_as_on_the_host, LAYERS, ANY),
+    test!(images::twenty_layers_are_seen_as_on_the_host, LAYERS, ANY).fast_host(),
     test!(
         images::extended_attributes_of_layers_are_seen_as_on_the_host,
         PYTHON,
         ANY
-    ),
-    test!(images::fifty_thousand_files_are_walked, FILES, ANY),
+    )
+    .fast_host(),
+    test!(images::fifty_thousand_files_are_walked, FILES, ANY).fast_host(),
     test!(
         images::containers_of_one_image_do_not_see_each_others_files,
         BUSYBOX,

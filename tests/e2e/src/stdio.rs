@@ -37,13 +37,14 @@ pub const TESTS: &[Test] = &[
         MACHINES
     ),
     test!(stdio::bulk_in_an_exec_both_ways, BUSYBOX, ANY),
-    test!(stdio::stderr_flood_arrives_whole, BUSYBOX, ANY),
+    test!(stdio::stderr_flood_arrives_whole, BUSYBOX, ANY).fast_host(),
     test!(stdio::output_right_before_the_end_is_not_lost, BUSYBOX, ANY),
     test!(
         stdio::reader_that_is_stuck_stops_only_its_writer,
         BUSYBOX,
         MACHINES
-    ),
+    )
+    .fast_host(),
     test!(stdio::input_that_nobody_reads_does_no_harm, BUSYBOX, ANY),
     test!(
         stdio::client_that_dies_does_not_stop_the_container,

@@ -41,7 +41,7 @@ pub const TESTS: &[Test] = &[
         BUSYBOX,
         MACHINES
     ),
-    test!(task_api::execs_have_a_cap, BUSYBOX, MACHINES),
+    test!(task_api::execs_have_a_cap, BUSYBOX, MACHINES).fast_host(),
     test!(
         task_api::control_lines_and_connections_are_capped,
         BUSYBOX,
