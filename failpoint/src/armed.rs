@@ -1,8 +1,8 @@
 //! The points of a build for tests.
 
-use std::{env, fs, io, path::PathBuf, sync::OnceLock};
+use std::{env, fs, io, sync::OnceLock};
 
-/// The environment variable that names the file: `<point> <mode>`, with the mode `error`, `kill`, or `kill-once`, which removes the file first.
+/// The environment variable that names the file: `<point> <mode>`, with the mode `error`, or `kill`, which removes the file first.
 pub const FILE: &str = "BULKHEAD_FAILPOINT";
 /// The kernel's parameter: `<point>:<mode>`.
 const PARAMETER: &str = "bulkhead.failpoint=";
@@ -41,8 +41,9 @@ pub fn reach(name: &'static str) -> io::Result<()> {
     match Set::get() {
         Some(set) if set.point == name => match set.mode.as_str() {
             "error" => Err(io::Error::other(format!("failpoint {name}"))),
-            mode => {
-                if let ("kill-once", Some(file)) = (mode, env::var_os(FILE).map(PathBuf::from)) {
+            _ => {
+                // So that whoever takes over does not die of it, too.
+                if let Some(file) = env::var_os(FILE) {
                     let _ = fs::remove_file(file);
                 }
                 // SAFETY: no memory is touched. The init of a pid namespace takes no signal of its own.

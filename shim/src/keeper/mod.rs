@@ -185,9 +185,13 @@ impl Keeper {
         }
     }
 
+    /// Since when the oldest call has no answer.
+    fn unanswered(&self) -> Option<Instant> {
+        self.clients.iter().filter_map(Client::unanswered).min()
+    }
+
     fn look_after_worker(&mut self) {
-        let unanswered = self.clients.iter().filter_map(Client::unanswered).min();
-        match self.worker.look(unanswered, Instant::now()) {
+        match self.worker.look(self.unanswered(), Instant::now()) {
             life::Next::Wait => {}
             // A worker that is gone is seen by reading.
             life::Next::Ask => drop(channel::send(self.channel.as_fd(), &Message::Ping, None)),
@@ -205,8 +209,7 @@ impl Keeper {
             .accepts_from
             .map(|from| from.saturating_duration_since(Instant::now()));
         let listens = timeout.is_none_or(|rest| rest.is_zero());
-        let unanswered = self.clients.iter().filter_map(Client::unanswered).min();
-        let look = self.worker.timeout(unanswered, Instant::now());
+        let look = self.worker.timeout(self.unanswered(), Instant::now());
         timeout = timeout.into_iter().chain(look).min();
         let mut fds = vec![
             PollFd::new(&self.channel, PollFlags::IN),

@@ -4,9 +4,9 @@
 use std::{path::PathBuf, process::ExitCode, time::Instant};
 
 use bulkhead_harness::{
-    Choice, Engine, Failure, Outcome, Scale, Suite, leaks::Snapshot, suite::Options,
+    Choice, Engine, Failure, MachineEngine, Outcome, Suite, leaks::Snapshot, suite::Options,
 };
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 
 mod case;
 mod cases;
@@ -28,7 +28,7 @@ use side::{Kind, Side};
 struct Args {
     /// What runs Bulkhead's side.
     #[arg(long, value_enum, default_value = "emulated")]
-    engine: EngineName,
+    engine: MachineEngine,
     /// Folder with the product's programs, kernel and initramfs.
     #[arg(long, default_value = "target/bulkhead")]
     dist: PathBuf,
@@ -51,12 +51,6 @@ struct Args {
     report: Option<PathBuf>,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum EngineName {
-    Kvm,
-    Emulated,
-}
-
 fn main() -> ExitCode {
     let args = Args::parse();
     let all = cases::all();
@@ -73,10 +67,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args, chosen: &[&Case]) -> anyhow::Result<usize> {
-    let engine = match args.engine {
-        EngineName::Kvm => Engine::Kvm,
-        EngineName::Emulated => Engine::Emulated,
-    };
+    let engine = Engine::from(args.engine);
     let probe = match &args.probe {
         Some(probe) => probe.clone(),
         None => std::env::current_exe()?.with_file_name("conformance-probe"),
@@ -86,15 +77,9 @@ fn run(args: &Args, chosen: &[&Case]) -> anyhow::Result<usize> {
     let shims = std::env::temp_dir().join(format!("bulkhead-conformance-{}", std::process::id()));
     std::fs::create_dir_all(&shims)?;
     let _shims = Removed(shims.clone());
-    let suite = Suite::start(Options {
-        engine,
-        dist: shims.clone(),
-        images: args.images.clone().unwrap_or_else(|| dist.clone()),
-        docker: None,
-        containerd: None,
-        older: None,
-        scale: Scale::detect(false),
-    })?;
+    // The rootfs is made here.
+    let images = args.images.clone().unwrap_or_else(|| dist.clone());
+    let suite = Suite::start(Options::new(engine, shims.clone(), images))?;
     side::make_shims(&shims, &suite, &dist)?;
     println!(
         "engine {engine:?}, runc {}.{}, cgroup {} on the host",

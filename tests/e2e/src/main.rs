@@ -90,19 +90,7 @@ fn main() -> ExitCode {
     let Some(chosen) = args.choice.of(&all, |test| test.name) else {
         return ExitCode::SUCCESS;
     };
-    match run(&args, &chosen) {
-        Ok(tally) => {
-            println!(
-                "{} passed, {} failed, {} skipped",
-                tally.passed, tally.failed, tally.skipped
-            );
-            ExitCode::from(u8::from(tally.failed > 0))
-        }
-        Err(error) => {
-            eprintln!("bulkhead-e2e: {error:#}");
-            ExitCode::from(2)
-        }
-    }
+    runner::conclude("bulkhead-e2e", run(&args, &chosen))
 }
 
 fn run(args: &Args, chosen: &[&Test]) -> anyhow::Result<Tally> {

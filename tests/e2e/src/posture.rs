@@ -33,6 +33,9 @@ pub const TESTS: &[Test] = &[
     .networked(),
 ];
 
+/// Kinds of namespaces, as `/proc/<pid>/ns` names them.
+const NAMESPACES: [&str; 6] = ["user", "pid", "ipc", "uts", "mnt", "net"];
+
 /// How a process stands, as far as it must not change.
 #[derive(Debug)]
 struct Posture {
@@ -142,12 +145,10 @@ fn tell(what: &str, process: &Process) -> Outcome {
         let value = if value.is_empty() { "0" } else { value };
         values.push(format!("{} {value}", name.trim_end_matches(':')));
     }
-    let apart = ["user", "pid", "ipc", "uts", "mnt", "net"]
-        .into_iter()
-        .filter(|kind| {
-            let of = |base: &str| fs::read_link(format!("{base}/ns/{kind}")).ok();
-            of(&base) != of("/proc/self")
-        });
+    let apart = NAMESPACES.into_iter().filter(|kind| {
+        let of = |base: &str| fs::read_link(format!("{base}/ns/{kind}")).ok();
+        of(&base) != of("/proc/self")
+    });
     let apart: Vec<_> = apart.collect();
     let descriptors = fs::read_dir(format!("{base}/fd")).context("fd")?.count();
     println!(
@@ -241,7 +242,7 @@ impl Posture {
 
     /// What it can name: namespaces, mounts, its root.
     fn check_view(&self, base: &str) -> Outcome {
-        for kind in ["user", "pid", "ipc", "uts", "mnt", "net"] {
+        for kind in NAMESPACES {
             let own = fs::read_link(format!("{base}/ns/{kind}")).context(kind)?;
             let hosts = fs::read_link(format!("/proc/self/ns/{kind}")).context(kind)?;
             ensure_eq!(

@@ -7,7 +7,7 @@ use bulkhead_harness::{
     failure::write, runner::MACHINES, test,
 };
 
-use crate::host;
+use crate::{host, life::one_line};
 
 const BUSYBOX: &[Image] = &[Image::Busybox];
 
@@ -38,10 +38,9 @@ impl Drop for Tmpfs<'_> {
     }
 }
 
-/// What the client was told, in one line: an error is broken where its lines are full.
+/// What the client was told.
 fn told(output: &Output) -> String {
-    let text = output.errors();
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
+    one_line(&output.errors())
 }
 
 /// Each file more that the folder has room for takes the start one step further, until there is room for all.

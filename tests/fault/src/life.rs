@@ -166,3 +166,8 @@ fn complete(events: &[Event], name: &str) -> Outcome {
     }
     Ok(())
 }
+
+/// An error is broken where its lines are full; here it is one.
+pub fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}

@@ -3,13 +3,12 @@
 use std::{env, fs, path::PathBuf};
 
 use bulkhead_harness::{
-    Context, Image, Outcome, Suite, Test, ensure, failure::write, runner::MACHINES, test,
+    Context, Image, Outcome, Suite, Test, ensure,
+    failure::write,
+    runner::{MACHINES, Place},
 };
 
-use crate::{
-    life::{Ended, Step, live},
-    points,
-};
+use crate::life::{Ended, Step, live, one_line};
 
 /// The variable that the programs look at.
 const FILE: &str = "BULKHEAD_FAILPOINT";
@@ -29,12 +28,8 @@ macro_rules! points {
     ($($name:literal: $error:expr, $kill:expr;)*) => {
         /// The cases.
         pub const TESTS: &[Test] = &[
-            $(Test { name: concat!("error::", $name), ..test!(points::nothing, BUSYBOX, MACHINES) }.with(|suite| {
-                fails(suite, $name, Mode::Error, $error)
-            }),
-            Test { name: concat!("kill::", $name), ..test!(points::nothing, BUSYBOX, MACHINES) }.with(|suite| {
-                fails(suite, $name, Mode::Kill, $kill)
-            }),)*
+            $(case(concat!("error::", $name), |suite| fails(suite, $name, Mode::Error, $error)),
+            case(concat!("kill::", $name), |suite| fails(suite, $name, Mode::Kill, $kill)),)*
         ];
     };
 }
@@ -99,9 +94,15 @@ points! {
     "agent.delete": NONE, NONE;
 }
 
-/// In the place of a case that is put in.
-fn nothing(_: &Suite) -> Outcome {
-    Ok(())
+const fn case(name: &'static str, run: fn(&Suite) -> Outcome) -> Test {
+    Test {
+        name,
+        images: BUSYBOX,
+        engines: MACHINES,
+        place: Place::Machine,
+        fast_host: false,
+        run,
+    }
 }
 
 /// Tells the programs to come where the point stands. Before there is a second thread.
@@ -129,10 +130,10 @@ impl Drop for Set {
 }
 
 fn fails(suite: &Suite, point: &str, mode: Mode, expected: Option<Step>) -> Outcome {
-    // A process of the host removes the file when it dies; the others are seen to be dead.
+    // A shim removes the file before it dies; of the others the step's end tells.
     let word = match mode {
         Mode::Error => "error",
-        Mode::Kill => "kill-once",
+        Mode::Kill => "kill",
     };
     let log = suite.log_mark();
     let set = Set::new(point, word)?;
@@ -160,8 +161,7 @@ fn fails(suite: &Suite, point: &str, mode: Mode, expected: Option<Step>) -> Outc
             _ => vec![name.as_str()],
         };
         // Errors are broken where their lines are full.
-        let words = text.split_whitespace().chain(said.split_whitespace());
-        let all = words.collect::<Vec<_>>().join(" ");
+        let all = one_line(&format!("{text} {said}"));
         ensure!(
             names.iter().any(|name| all.contains(name)),
             "nobody says {names:?}: {text}\n{said}"

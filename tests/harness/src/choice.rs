@@ -1,6 +1,8 @@
 //! Which cases a suite's command line asks for.
 
-use clap::Args;
+use clap::{Args, ValueEnum};
+
+use crate::suite::Engine;
 
 /// Options of every suite.
 #[derive(Args, Clone, Debug)]
@@ -17,6 +19,24 @@ pub struct Choice {
     /// Print the names.
     #[arg(long)]
     pub list: bool,
+}
+
+/// What runs the guests of a suite that is about machines alone.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum MachineEngine {
+    /// Our VMM on `/dev/kvm`.
+    Kvm,
+    /// Our VMM with QEMU as a software CPU.
+    Emulated,
+}
+
+impl From<MachineEngine> for Engine {
+    fn from(engine: MachineEngine) -> Self {
+        match engine {
+            MachineEngine::Kvm => Self::Kvm,
+            MachineEngine::Emulated => Self::Emulated,
+        }
+    }
 }
 
 impl Choice {

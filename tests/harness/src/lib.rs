@@ -21,7 +21,7 @@ pub mod spec;
 pub mod suite;
 pub mod tree;
 
-pub use choice::Choice;
+pub use choice::{Choice, MachineEngine};
 pub use command::{Invocation, Keep, Output, Running};
 pub use failure::{Context, Failure, Outcome, skip};
 pub use pod::{Exec, Pod, Run};

@@ -2,6 +2,7 @@
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
+    process::ExitCode,
     time::Instant,
 };
 
@@ -60,12 +61,6 @@ impl Test {
         self
     }
 
-    /// Another case of the same kind.
-    pub const fn with(mut self, run: fn(&Suite) -> Outcome) -> Self {
-        self.run = run;
-        self
-    }
-
     /// The same through CRI, in the suite's own network.
     pub const fn cri(mut self) -> Self {
         self.place = Place::Cri;
@@ -102,6 +97,23 @@ pub struct Tally {
     pub failed: u32,
     /// It does not apply here.
     pub skipped: u32,
+}
+
+/// Prints the closing line of a run of `program`, or why there was none; its exit code.
+pub fn conclude(program: &str, ran: Result<Tally, impl std::fmt::Display>) -> ExitCode {
+    match ran {
+        Ok(tally) => {
+            println!(
+                "{} passed, {} failed, {} skipped",
+                tally.passed, tally.failed, tally.skipped
+            );
+            ExitCode::from(u8::from(tally.failed > 0))
+        }
+        Err(error) => {
+            eprintln!("{program}: {error:#}");
+            ExitCode::from(2)
+        }
+    }
 }
 
 /// Runs the cases and prints each one's end.

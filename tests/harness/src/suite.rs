@@ -98,6 +98,21 @@ pub struct Options {
     pub scale: Scale,
 }
 
+impl Options {
+    /// Of a suite with the host's own containerd and without Docker, in this host's sizes.
+    pub fn new(engine: impl Into<Engine>, dist: PathBuf, images: PathBuf) -> Self {
+        Self {
+            engine: engine.into(),
+            dist,
+            images,
+            docker: None,
+            containerd: None,
+            older: None,
+            scale: Scale::detect(false),
+        }
+    }
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct Suite {

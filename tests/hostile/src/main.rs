@@ -4,11 +4,11 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use bulkhead_harness::{
-    Choice, Engine, Scale, Suite, Test,
+    Choice, MachineEngine, Outcome, Suite, Test,
     runner::{self, Tally},
     suite::Options,
 };
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 
 mod agents;
 mod attack;
@@ -19,7 +19,7 @@ mod machines;
 struct Args {
     /// What runs the guests.
     #[arg(long, value_enum, default_value = "emulated")]
-    engine: EngineName,
+    engine: MachineEngine,
     /// Folder with the product's programs, kernel and initramfs.
     #[arg(long, default_value = "target/bulkhead")]
     dist: PathBuf,
@@ -33,12 +33,6 @@ struct Args {
     long: bool,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum EngineName {
-    Kvm,
-    Emulated,
-}
-
 fn main() -> ExitCode {
     let args = Args::parse();
     let mut all: Vec<Test> = [machines::TESTS, agents::TESTS].concat();
@@ -48,33 +42,10 @@ fn main() -> ExitCode {
     let Some(chosen) = args.choice.of(&all, |test| test.name) else {
         return ExitCode::SUCCESS;
     };
-    match run(&args, &chosen) {
-        Ok(tally) => {
-            println!(
-                "{} passed, {} failed, {} skipped",
-                tally.passed, tally.failed, tally.skipped
-            );
-            ExitCode::from(u8::from(tally.failed > 0))
-        }
-        Err(error) => {
-            eprintln!("bulkhead-hostile: {error:#}");
-            ExitCode::from(2)
-        }
-    }
+    runner::conclude("bulkhead-hostile", run(&args, &chosen))
 }
 
-fn run(args: &Args, chosen: &[&Test]) -> anyhow::Result<Tally> {
-    let suite = Suite::start(Options {
-        engine: match args.engine {
-            EngineName::Kvm => Engine::Kvm,
-            EngineName::Emulated => Engine::Emulated,
-        },
-        dist: args.dist.clone(),
-        images: args.images.clone(),
-        docker: None,
-        containerd: None,
-        older: None,
-        scale: Scale::detect(false),
-    })?;
-    Ok(runner::run(&suite, chosen))
+fn run(args: &Args, chosen: &[&Test]) -> Outcome<Tally> {
+    let options = Options::new(args.engine, args.dist.clone(), args.images.clone());
+    Ok(runner::run(&Suite::start(options)?, chosen))
 }

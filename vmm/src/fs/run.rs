@@ -20,8 +20,10 @@ use super::steward::{self, Steward};
 use super::{control, worker};
 use crate::limits;
 
-/// What it keeps for itself, and a little for the guest, which could open nothing without it.
-const LEAST: u64 = (limits::FS_DESCRIPTORS_KEPT + limits::FS_TREES) as u64 + 256;
+/// What it keeps for itself.
+const KEPT: u64 = (limits::FS_DESCRIPTORS_KEPT + limits::FS_TREES) as u64;
+/// That, and a little for the guest, which could open nothing without it.
+const LEAST: u64 = KEPT + 256;
 
 /// What the file server is started with.
 pub struct Config {
@@ -242,8 +244,7 @@ fn budget() -> Result<Budget, Error> {
     if have < LEAST {
         return Err(Error::Descriptors { have });
     }
-    let kept = (limits::FS_DESCRIPTORS_KEPT + limits::FS_TREES) as u64;
-    let free = usize::try_from(have.saturating_sub(kept)).unwrap_or(0);
+    let free = usize::try_from(have.saturating_sub(KEPT)).unwrap_or(0);
     let handles = (free / 4).min(limits::FS_HANDLES);
     let descriptors = free.saturating_sub(handles).min(limits::FS_INODES);
     Ok(Budget {
