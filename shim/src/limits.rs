@@ -21,7 +21,7 @@ pub const CLIENT_TRIES: u32 = 4;
 /// Test: `a_frame_that_is_too_long_is_an_error`.
 pub const FRAME_BODY: usize = 4 << 20;
 
-/// Descriptors of streams that the keeper has copies of.
+/// Descriptors that the keeper has copies of: of streams, and one of a pod that goes.
 pub const KEEPER_STREAMS: usize = 16 << 10;
 
 /// Most events that wait while containerd is away.

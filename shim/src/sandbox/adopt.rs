@@ -60,6 +60,13 @@ impl Pod {
         Ok(Some((pod, ready)))
     }
 
+    /// Removes what is left of a pod that was being removed.
+    pub async fn remove(config: &Config, namespace: &str, id: &str) -> Result<(), Error> {
+        let dir = state::pod_dir(&config.state, namespace, id)?;
+        let wiped = tokio::task::spawn_blocking(move || wipe(&dir).map_err(state_error(&dir)));
+        wiped.await.unwrap_or(Ok(()))
+    }
+
     async fn adopt_in(
         record: Record,
         ready: &Ready,

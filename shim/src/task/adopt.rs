@@ -1,7 +1,8 @@
 //! Taking over: a new shim finds the pod that another one ran, by its state folder and the agent's word.
 //!
 //! Calls that had no answer come again (`keeper`). What they wanted may be done already, half or whole: a half-made container is
-//! taken back and made anew, and the first Create, Exec or Start of something that is there is answered as done.
+//! taken back and made anew, and the first Create, Exec or Start of something that is there is answered as done. The Delete of the last
+//! container is answered also when the pod is gone, by what the keeper has kept of it.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -53,6 +54,14 @@ type Known = HashMap<(String, String), GuestPhase>;
 impl Shared {
     async fn adopt(self: &Arc<Self>) -> Result<(), sandbox::Error> {
         self.state().sandbox = Asked::load();
+        if let Some(record) = Record::kept(&self.kept) {
+            tracing::warn!(container = record.id, "the pod was being removed");
+            {
+                let mut state = self.state();
+                (state.over, state.last) = (true, Some(record));
+            }
+            return Pod::remove(&self.config, &self.namespace, &self.pod_id).await;
+        }
         let timeline = self.timeline.clone();
         let found = Pod::adopt(&self.config, &self.namespace, &self.pod_id, timeline).await?;
         let Some((pod, ready)) = found else {

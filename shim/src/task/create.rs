@@ -62,7 +62,7 @@ impl Shared {
         let container = match result {
             Ok(container) => container,
             Err(error) => {
-                self.stop_if_empty().await;
+                self.stop_if_empty(None).await;
                 return Err(error);
             }
         };
@@ -197,6 +197,7 @@ impl Shared {
             let why = "the pod has no container yet whose namespaces could be joined";
             return Err(unsupported("linux.namespaces", why).into());
         }
+        self.forget_last();
         sandbox::preflight(&self.config).await?;
         let sizing = spec.sizing(&self.config, Host::this())?;
         let network = match spec.network() {

@@ -20,7 +20,7 @@ use super::{
     error::Error,
     now, passed,
     process::{Exit, Phase, Process},
-    record::Record,
+    record::{Ended, Record},
 };
 use crate::{
     limits::AGENT_TEXT,
@@ -168,15 +168,12 @@ impl Shared {
             event.container_id.clone_from(&container.id);
             self.events.publish(&event);
         }
-        let mut event = TaskExit::new();
-        event.container_id.clone_from(&container.id);
-        event.id = match process.exec_id.as_str() {
-            "" => container.id.clone(),
-            exec => exec.into(),
-        };
-        event.pid = container.made.host_pid;
-        event.exit_status = exit.status;
-        event.exited_at = MessageField::some(exit.at.clone());
+        let event = exit_event(
+            &container.id,
+            &process.exec_id,
+            container.made.host_pid,
+            exit,
+        );
         let (of, told) = (container.clone(), process.clone());
         self.events.publish_then(&event, move || {
             told.set_told();
@@ -259,6 +256,11 @@ impl Shared {
 
     /// Delete of an exec or of a container, which takes the pod with it if it is the last.
     pub(crate) async fn delete(&self, id: &str, exec_id: &str) -> Result<DeleteResponse, Error> {
+        if exec_id.is_empty()
+            && let Some(record) = self.take_last(id)
+        {
+            return Ok(self.deleted_before(&record).await);
+        }
         let (container, process) = self.process(id, exec_id)?;
         match process.phase() {
             Phase::Running | Phase::Starting => {
@@ -287,13 +289,8 @@ impl Shared {
                 .await;
             container.pod.remove_pid(pid).await;
             container.set_deleted();
-            let mut event = TaskDelete::new();
-            event.container_id = id.into();
-            event.pid = pid;
-            event.exit_status = exit.status;
-            event.exited_at = MessageField::some(exit.at.clone());
-            self.events.publish(&event);
-            self.stop_if_empty().await;
+            self.publish_delete(id, pid, &exit);
+            self.stop_if_empty(Some(&container)).await;
             // Not before: a shim that takes over would know nothing of what is still to be given back, nor answer this call.
             Record::forget(container.pod.dir(), id);
             container.made.hooks.poststop().await;
@@ -302,11 +299,44 @@ impl Shared {
             container.remove_exec(exec_id);
             container.save();
         }
-        let mut response = DeleteResponse::new();
-        response.pid = pid;
-        response.exit_status = exit.status;
-        response.exited_at = MessageField::some(exit.at);
-        Ok(response)
+        Ok(deleted(pid, exit))
+    }
+
+    fn publish_delete(&self, id: &str, pid: u32, exit: &Exit) {
+        let mut event = TaskDelete::new();
+        event.container_id = id.into();
+        event.pid = pid;
+        event.exit_status = exit.status;
+        event.exited_at = MessageField::some(exit.at.clone());
+        self.events.publish(&event);
+    }
+
+    /// The Delete of the last container, which a shim before did not live to answer; the pod is gone.
+    async fn deleted_before(&self, record: &Record) -> DeleteResponse {
+        let ended = record.ended();
+        let exit = ended.map_or_else(|| killed(KILLED), Ended::exit);
+        if !ended.is_some_and(|ended| ended.told) {
+            let event = exit_event(&record.id, "", record.host_pid, &exit);
+            self.events.publish(&event);
+        }
+        self.publish_delete(&record.id, record.host_pid, &exit);
+        record.hooks.poststop().await;
+        tracing::info!(container = record.id, "deleted by the shim before");
+        deleted(record.host_pid, exit)
+    }
+
+    /// The record of the last container of a pod that is gone, if it is `id`'s.
+    fn take_last(&self, id: &str) -> Option<Record> {
+        self.state().last.take_if(|record| record.id == id)
+    }
+
+    /// There will be another pod: who takes over then shall not take it for the one that is gone.
+    pub(super) fn forget_last(&self) {
+        let mut state = self.state();
+        state.last = None;
+        if std::mem::take(&mut state.over) {
+            Record::let_go(&self.kept);
+        }
     }
 
     /// A process that did not get past its start goes without an exit event.
@@ -338,12 +368,16 @@ impl Shared {
         }
     }
 
-    /// The last container takes the pod with it.
-    pub(super) async fn stop_if_empty(&self) {
+    /// The last container takes the pod with it; `deleted` is it, if its Delete is to be answered.
+    pub(super) async fn stop_if_empty(&self, deleted: Option<&Container>) {
         let pod = {
             let mut state = self.state();
             if !state.containers.is_empty() || !state.creating.is_empty() {
                 return;
+            }
+            if let Some(container) = deleted {
+                state.over = true;
+                Record::of(container).keep(&self.kept);
             }
             state.pod.take()
         };
@@ -351,6 +385,27 @@ impl Shared {
             pod.stop().await;
         }
     }
+}
+
+fn deleted(pid: u32, exit: Exit) -> DeleteResponse {
+    let mut response = DeleteResponse::new();
+    response.pid = pid;
+    response.exit_status = exit.status;
+    response.exited_at = MessageField::some(exit.at);
+    response
+}
+
+fn exit_event(container: &str, exec: &str, pid: u32, exit: &Exit) -> TaskExit {
+    let mut event = TaskExit::new();
+    event.container_id = container.into();
+    event.id = match exec {
+        "" => container.into(),
+        exec => exec.into(),
+    };
+    event.pid = pid;
+    event.exit_status = exit.status;
+    event.exited_at = MessageField::some(exit.at.clone());
+    event
 }
 
 /// Waits for the end of a process, by the agent's word or by the machine's end.

@@ -44,6 +44,7 @@ use self::{
     container::Container,
     error::Error,
     process::{Phase, Process},
+    record::Record,
 };
 use crate::{
     config::Config,
@@ -91,6 +92,10 @@ pub(crate) struct State {
     /// Ids whose `Create` is under way.
     creating: HashSet<String>,
     trees: Table,
+    /// A pod was here and went; the keeper has the record of its last container.
+    over: bool,
+    /// That record, if it was a shim before that began to remove the pod.
+    last: Option<Record>,
 }
 
 /// The time now.

@@ -2,13 +2,18 @@
 //!
 //! What runs and what has ended the agent knows. Here stands what only the shim knows: bundle, trees, hooks, streams, and of an ended process
 //! whether containerd was told.
+//!
+//! With its last container a pod goes, and the folder with it. The record of that one goes to the keeper before, in a memfd: by it another shim
+//! knows that the pod was being removed, and answers the Delete.
 
 use std::{
     fs, io,
+    os::{fd::AsFd, unix::fs::FileExt},
     path::{Path, PathBuf},
 };
 
 use protobuf::well_known_types::timestamp::Timestamp;
+use rustix::fs::{MemfdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -17,6 +22,7 @@ use super::{
 };
 use crate::{
     hooks::Runner,
+    keeper::Kept,
     mounts::Tree,
     sandbox::state::{make_private_dir, remove_file, replace_private},
     spec::{Claim, Cpus},
@@ -25,6 +31,9 @@ use crate::{
 
 /// The folder in a pod's state folder.
 const FOLDER: &str = "containers";
+/// What the keeper knows the last one by: no container is called so.
+const LAST: &str = "";
+const ROLE: &str = "last";
 
 /// A container.
 #[derive(Debug, Serialize, Deserialize)]
@@ -116,7 +125,7 @@ impl Ended {
 
 impl Record {
     /// Of a container as it is now.
-    fn of(container: &Container) -> Self {
+    pub fn of(container: &Container) -> Self {
         let processes = container.processes();
         Self {
             id: container.id.clone(),
@@ -154,6 +163,43 @@ impl Record {
         if let Err(error) = remove_file(&file(dir, id)) {
             tracing::warn!(container = id, %error, "its record stays until the pod ends");
         }
+    }
+
+    /// Has the keeper keep it: its pod goes.
+    pub fn keep(&self, kept: &Kept) {
+        let written = serde_json::to_vec(self)
+            .map_err(io::Error::other)
+            .and_then(|text| {
+                let file = fs::File::from(memfd_create("bulkhead-last", MemfdFlags::CLOEXEC)?);
+                file.write_all_at(&text, 0)?;
+                Ok(file)
+            });
+        match written {
+            Ok(file) => kept.store(LAST, ROLE, file.as_fd()),
+            Err(error) => {
+                tracing::warn!(container = self.id, %error, "another shim could not answer for it");
+            }
+        }
+    }
+
+    /// The one that a shim before has had kept.
+    pub fn kept(kept: &Kept) -> Option<Self> {
+        let file = fs::File::from(kept.take(LAST).remove(ROLE)?);
+        let length = file.metadata().ok()?.len();
+        let mut text = vec![0; usize::try_from(length).ok()?];
+        file.read_exact_at(&mut text, 0).ok()?;
+        serde_json::from_slice(&text).ok()
+    }
+
+    /// The keeper shall keep none: there is another pod.
+    pub fn let_go(kept: &Kept) {
+        kept.forget(LAST, None);
+    }
+
+    /// The end of its init.
+    pub fn ended(&self) -> Option<&Ended> {
+        let mut processes = self.made.iter().flat_map(|made| &made.processes);
+        processes.find(|p| p.exec_id.is_empty())?.ended.as_ref()
     }
 
     /// All of a pod.

@@ -37,7 +37,6 @@ macro_rules! points {
 const RUN: Option<Step> = Some(Step::Run);
 const MEMBER: Option<Step> = Some(Step::Member);
 const EXEC: Option<Step> = Some(Step::Exec);
-const LAST: Option<Step> = Some(Step::Last);
 const NONE: Option<Step> = None;
 
 points! {
@@ -66,8 +65,7 @@ points! {
     "delete.trees": NONE, NONE;
     "delete.pid": NONE, NONE;
     "delete.power-off": NONE, NONE;
-    // The answer goes with the shim; what is left is removed, and nobody is there to take over.
-    "delete.folder": NONE, LAST;
+    "delete.folder": NONE, NONE;
     // The VMM.
     "vmm.build": RUN, RUN;
     "vmm.jail": RUN, RUN;
