@@ -4,7 +4,7 @@ use std::{
     env, fs, io,
     os::{
         fd::{AsFd, FromRawFd, OwnedFd},
-        unix::net::{UnixListener, UnixStream},
+        unix::net::UnixStream,
     },
     path::{Path, PathBuf},
 };
@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     args::Args,
-    keeper::{INHERITED_FD, spawn_with},
+    keeper::{INHERITED_FD, Starter, spawn_with},
     sandbox::state::{check_id, hex, make_private_dir, remove_file},
     spec,
 };
@@ -82,6 +82,8 @@ pub fn start(args: &Args) -> Result<String, Error> {
     let pod = sandbox.as_deref().unwrap_or(&args.id);
     check_id("sandbox-id", pod)?;
     let socket = socket_path(&args.address, &args.namespace, pod);
+    // Before there is a daemon that would have to end.
+    write_address(&socket)?;
     match UnixStream::connect(&socket) {
         // The shim is there: it serves this container as well.
         Ok(_) => {}
@@ -94,10 +96,10 @@ pub fn start(args: &Args) -> Result<String, Error> {
         }
         Err(_) => spawn_daemon(args, &socket)?,
     }
-    write_address(&socket)?;
     Ok(answer(&socket, max_version.as_deref()))
 }
 
+/// Starts the daemon, which listens once this is back. containerd calls no `delete` after a `start` that failed.
 fn spawn_daemon(args: &Args, socket: &Path) -> Result<(), Error> {
     let path_error = |path: &Path| {
         let path = path.to_owned();
@@ -105,13 +107,25 @@ fn spawn_daemon(args: &Args, socket: &Path) -> Result<(), Error> {
     };
     reach("start.socket").map_err(path_error(socket))?;
     make_private_dir(Path::new(SOCKETS)).map_err(path_error(Path::new(SOCKETS)))?;
-    remove_file(socket).map_err(path_error(socket))?;
-    let listener = UnixListener::bind(socket).map_err(path_error(socket))?;
-    let daemon = env::current_exe().and_then(|exe| spawn_with(&exe, listener.as_fd(), args, None));
-    if daemon.is_err() {
-        let _ = fs::remove_file(socket);
+    let listens = Starter::pair().and_then(|(starter, theirs)| {
+        spawn_with(&env::current_exe()?, theirs.as_fd(), args, None)?;
+        drop(theirs);
+        reach("start.daemon")?;
+        starter.wait()
+    });
+    if listens.is_err() {
+        // A daemon that was killed could not.
+        let _ = remove_socket(socket);
     }
-    daemon.map(drop).map_err(Error::Daemon)
+    listens.map_err(Error::Daemon)
+}
+
+/// Removes a socket unless somebody listens on it: that is the next pod of this name.
+pub fn remove_socket(socket: &Path) -> io::Result<()> {
+    match UnixStream::connect(socket) {
+        Ok(_) => Ok(()),
+        Err(_) => remove_file(socket),
+    }
 }
 
 /// What a shim's process was started with.

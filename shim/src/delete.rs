@@ -13,7 +13,7 @@ use protobuf::MessageField;
 
 use crate::{
     args::Args,
-    bootstrap::socket_path,
+    bootstrap::{remove_socket, socket_path},
     config::Config,
     hooks::Runner,
     sandbox::{
@@ -89,11 +89,7 @@ fn clean(dir: &Path, owner: Option<Owner>, socket: &Path) -> Result<(), Error> {
         path: dir.to_owned(),
         source,
     })?;
-    // A new shim of the same name listens on the same path: then it stays.
-    if std::os::unix::net::UnixStream::connect(socket).is_ok() {
-        return Ok(());
-    }
-    state::remove_file(socket).map_err(|source| Error::Remove {
+    remove_socket(socket).map_err(|source| Error::Remove {
         path: socket.to_owned(),
         source,
     })

@@ -30,10 +30,12 @@ use tokio::{
     net::UnixStream,
     signal::unix::{SignalKind, signal},
     sync::{Notify, mpsc},
-    time::timeout,
+    time::{sleep, timeout},
 };
 use ttrpc::r#async::{Server, transport::Listener};
 
+/// How long containerd may take to connect after `start`. It tries a socket that is not there for 100 s, and one that nobody listens on once.
+const CONNECT: Duration = Duration::from_secs(1);
 /// A shim without a pod ends after this: containerd asks for the first container at once.
 const UNUSED_LIMIT: Duration = Duration::from_secs(60);
 /// Longest request for `-info`.
@@ -95,8 +97,7 @@ fn inherited() -> anyhow::Result<OwnedFd> {
 
 /// The daemon: the keeper, and as a copy of it the first worker.
 fn keep(args: &Args, config: Config) -> anyhow::Result<()> {
-    let listener = inherited()?.into();
-    match keeper::run(args, listener) {
+    match keeper::run(args, inherited()?) {
         Ok(Role::Over) => Ok(()),
         Ok(Role::Worker(channel)) => serve(args, config, channel),
         Err(error) => {
@@ -159,10 +160,17 @@ async fn serve_on(args: &Args, config: Config, channel: OwnedFd) -> anyhow::Resu
         .register_service(service.register());
     server.start().await?;
     tracing::debug!("serving");
+    let mut orphan = false;
     tokio::select! {
         () = shutdown.notified() => {}
         () = service.unused(UNUSED_LIMIT) => tracing::warn!("no pod: nobody needs this shim"),
-        () = kept.gone() => tracing::error!("the keeper is gone, and containerd with it: the pod ends"),
+        () = kept.gone() => {
+            tracing::error!("the keeper is gone, and containerd with it: the pod ends");
+            orphan = true;
+            if service.is_unused() {
+                sleep(CONNECT).await;
+            }
+        }
         _ = terminate.recv() => tracing::info!("SIGTERM: the pod ends"),
         _ = interrupt.recv() => tracing::info!("SIGINT: the pod ends"),
         _ = hangup.recv() => {
@@ -174,8 +182,12 @@ async fn serve_on(args: &Args, config: Config, channel: OwnedFd) -> anyhow::Resu
     kept.end();
     service.stop().await;
     events.flush(Duration::from_secs(3)).await;
-    // The socket goes first, so that the next pod of this name finds no half-dead shim.
-    remove_file(&socket)?;
+    if orphan {
+        bootstrap::remove_socket(&socket)?;
+    } else {
+        // The socket goes before the keeper, so that the next pod of this name finds no half-dead shim.
+        remove_file(&socket)?;
+    }
     let _ = timeout(Duration::from_millis(500), server.shutdown()).await;
     Ok(())
 }

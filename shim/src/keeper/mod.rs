@@ -21,6 +21,7 @@ mod channel;
 mod client;
 mod frame;
 mod life;
+mod starter;
 mod worker;
 
 use std::{
@@ -38,16 +39,23 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bulkhead_failpoint::reach;
 use rustix::{
     event::{PollFd, PollFlags, poll},
     process::{Pid, set_child_subreaper},
 };
 
 use self::{channel::Message, client::Client, life::Life};
-use crate::{args::Args, logging};
+use crate::{
+    args::Args,
+    bootstrap::{remove_socket, socket_path},
+    logging,
+    sandbox::state::remove_file,
+};
+pub use starter::Starter;
 pub use worker::{Connections, Kept};
 
-/// The descriptor that the keeper (its listening socket) and an executed worker (its channel) find theirs at.
+/// The descriptor that the keeper (its way to `start`) and an executed worker (its channel) find theirs at.
 pub const INHERITED_FD: i32 = 3;
 /// The action of a worker that was executed anew.
 pub const SERVE: &str = "serve";
@@ -93,29 +101,59 @@ struct Keeper {
     accepts_from: Option<Instant>,
 }
 
-/// Keeps the shim of `args`, whose listening socket is `listener`. The worker is a copy of this process: it returns first.
-pub fn run(args: &Args, listener: UnixListener) -> io::Result<Role> {
+/// Keeps the shim of `args`, which `start` at the other end of `starter` waits for. The worker is a copy of this process: it returns first.
+pub fn run(args: &Args, starter: OwnedFd) -> io::Result<Role> {
+    let starter = Starter::from(starter);
+    match begin(args, &starter) {
+        Ok(Begun::Worker(channel)) => Ok(Role::Worker(channel)),
+        Ok(Begun::Keeper(mut keeper)) => {
+            drop(starter);
+            reach("keeper.keep")?;
+            keeper.keep()?;
+            Ok(Role::Over)
+        }
+        Err(error) => {
+            let _ = remove_socket(&socket_of(args));
+            starter.fail(&error);
+            Err(error)
+        }
+    }
+}
+
+enum Begun {
+    Keeper(Box<Keeper>),
+    Worker(OwnedFd),
+}
+
+/// Worker first, socket second: at each moment somebody is left who removes the socket, `start` or the worker.
+fn begin(args: &Args, starter: &Starter) -> io::Result<Begun> {
     // Known before an upgrade replaces the file.
     let program = env::current_exe()?;
     // Orphans of a worker (VMM, file server) come to us, and nobody has to reap them.
     set_child_subreaper(Some(rustix::process::getpid()))?;
     raise_descriptors();
     be_keeper(true);
-    listener.set_nonblocking(true)?;
+    reach("keeper.worker")?;
     let (channel, theirs) = channel::pair()?;
     // SAFETY: this process has one thread, so the child finds every lock free.
     let worker = match unsafe { libc::fork() } {
         -1 => return Err(io::Error::last_os_error()),
         0 => {
             be_keeper(false);
-            return Ok(Role::Worker(theirs));
+            return Ok(Begun::Worker(theirs));
         }
         pid => Pid::from_raw(pid),
     };
     drop(theirs);
     let _ = rustix::thread::set_name(c"bulkhead-keeper");
+    let socket = socket_of(args);
+    remove_file(&socket)?;
+    let listener = UnixListener::bind(&socket)?;
+    listener.set_nonblocking(true)?;
+    reach("keeper.socket")?;
     channel::send(channel.as_fd(), &Message::Go { first: true }, None)?;
-    let mut keeper = Keeper {
+    starter.listens()?;
+    Ok(Begun::Keeper(Box::new(Keeper {
         program,
         args: args.clone(),
         listener,
@@ -127,9 +165,11 @@ pub fn run(args: &Args, listener: UnixListener) -> io::Result<Role> {
         wanted: false,
         deaths: Vec::new(),
         accepts_from: None,
-    };
-    keeper.keep()?;
-    Ok(Role::Over)
+    })))
+}
+
+fn socket_of(args: &Args) -> PathBuf {
+    socket_path(&args.address, &args.namespace, &args.id)
 }
 
 /// The keeper's signals: children that nobody waits for leave no zombies, and what ends or renews a pod is the worker's business.

@@ -153,11 +153,16 @@ impl Service {
     pub async fn unused(&self, limit: Duration) {
         loop {
             tokio::time::sleep(limit).await;
-            let state = self.0.state();
-            if state.pod.is_none() && state.containers.is_empty() && state.creating.is_empty() {
+            if self.is_unused() {
                 return;
             }
         }
+    }
+
+    /// Whether nothing is here.
+    pub fn is_unused(&self) -> bool {
+        let state = self.0.state();
+        state.pod.is_none() && state.containers.is_empty() && state.creating.is_empty()
     }
 }
 

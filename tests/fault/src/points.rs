@@ -42,6 +42,10 @@ const NONE: Option<Step> = None;
 points! {
     // `start`, the keeper and the shim.
     "start.socket": RUN, RUN;
+    "start.daemon": RUN, RUN;
+    "keeper.worker": RUN, RUN;
+    "keeper.socket": RUN, RUN;
+    "keeper.keep": RUN, RUN;
     "create.folder": RUN, NONE;
     "create.user": RUN, NONE;
     "create.config": RUN, NONE;
