@@ -16,6 +16,7 @@ pub const TESTS: &[Test] = &[
     test!(host::a_state_folder_without_room, BUSYBOX, MACHINES),
     test!(host::a_state_folder_that_is_read_only, BUSYBOX, MACHINES),
     test!(host::a_volume_without_room, BUSYBOX, MACHINES),
+    test!(host::a_rootfs_without_room, BUSYBOX, MACHINES),
     test!(host::a_network_namespace_that_is_missing, BUSYBOX, MACHINES),
     test!(host::few_descriptors, BUSYBOX, MACHINES),
     test!(host::no_memory_for_the_guest, BUSYBOX, MACHINES),
@@ -89,6 +90,61 @@ fn a_volume_without_room(suite: &Suite) -> Outcome {
         text.contains("No space left on device") && text.ends_with("1\ngoes"),
         "output: {text}"
     );
+    Ok(())
+}
+
+/// The snapshots' volume is full: the program is told, whatever writes nothing goes on, and the pod can be stopped and removed.
+fn a_rootfs_without_room(suite: &Suite) -> Outcome {
+    let folder = suite.folder("small")?;
+    let snapshots = folder.join("io.containerd.snapshotter.v1.overlayfs/snapshots");
+    let snapshots = snapshots.display();
+    let before = format!("mkdir -p {snapshots}; mount -t tmpfs -o size=16m tmpfs {snapshots}");
+    let another = suite.another_containerd("cases/small", &before)?;
+    let (address, pid) = (another.address(), another.pid().to_string());
+    // The client mounts snapshots, too.
+    let ctr = |args: &[&str]| -> Outcome<Output> {
+        let inside = Invocation::new("nsenter").args(["-t", &pid, "-m", "--"]);
+        let ctr = suite.ctr_at(&address, args).words();
+        inside.args(ctr).output()
+    };
+    let tar = suite.tar_of(Image::Busybox)?;
+    ctr(&["image", "import", &tar.to_string_lossy()])?.ok()?;
+    let name = suite.name("small");
+    let image = Image::Busybox.reference();
+    let runtime = suite.runtime();
+    let run = ["run", "-d", "--null-io", "--runtime", runtime, &image];
+    ctr(&[&run[..], &[&name, "sleep", "100000"]].concat())?.ok()?;
+    let sh = |script: &str| {
+        let id = suite.name("x");
+        ctr(&["task", "exec", "--exec-id", &id, &name, "sh", "-c", script])
+    };
+    let fill = "dd if=/dev/zero of=/file bs=64k count=1000 conv=fsync 2>&1; echo $?";
+    for round in 0..2 {
+        let text = sh(fill)?.ok()?.text();
+        ensure!(
+            text.contains("No space left on device") && text.ends_with("\n1"),
+            "round {round}: {text}"
+        );
+        let text = sh(
+            "cat /etc/passwd >/dev/null && echo reads; dd if=/dev/zero of=/more bs=64k count=1 conv=fsync 2>/dev/null || echo full",
+        )?;
+        ensure!(
+            text.text() == "reads\nfull",
+            "round {round}: {}",
+            text.text()
+        );
+        if round == 0 {
+            let text = sh("rm /file && echo x >/other && cat /other")?.ok()?.text();
+            ensure!(text == "x", "with room again: {text}");
+        }
+    }
+    // Still full.
+    ctr(&["task", "kill", "-s", "SIGTERM", &name])?.ok()?;
+    ctr(&["task", "kill", "-s", "SIGKILL", &name])?;
+    ctr(&["task", "rm", "-f", &name])?;
+    ctr(&["container", "rm", &name])?.ok()?;
+    let left = ctr(&["task", "ls", "-q"])?.ok()?.text();
+    ensure!(left.is_empty(), "{left} is left");
     Ok(())
 }
 

@@ -12,6 +12,7 @@ use clap::Parser;
 
 mod host;
 mod life;
+mod network;
 mod points;
 
 #[derive(Parser)]
@@ -32,7 +33,7 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let all: Vec<Test> = [points::TESTS, host::TESTS].concat();
+    let all: Vec<Test> = [points::TESTS, host::TESTS, network::TESTS, clock::TESTS].concat();
     let Some(chosen) = args.choice.of(&all, |test| test.name) else {
         return ExitCode::SUCCESS;
     };
