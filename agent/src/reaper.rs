@@ -6,10 +6,12 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{SystemTime, UNIX_EPOCH},
 };
 
-use rustix::process::WaitOptions;
+use rustix::{
+    process::WaitOptions,
+    time::{ClockId, clock_gettime},
+};
 use tokio::{signal::unix::Signal, sync::watch};
 
 /// How a process ended.
@@ -17,7 +19,7 @@ use tokio::{signal::unix::Signal, sync::watch};
 pub struct Reaped {
     /// Exit code, or 128 + signal.
     pub status: u32,
-    /// When, in nanoseconds since 1970 by the guest's clock.
+    /// When, by [`now`].
     pub at: i64,
 }
 
@@ -126,13 +128,12 @@ impl Drop for Launch {
     }
 }
 
-/// Nanoseconds since 1970.
+/// Nanoseconds since the guest's start: its date is a container's to change.
 pub fn now() -> i64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .ok()
-        .and_then(|time| i64::try_from(time.as_nanos()).ok())
-        .unwrap_or(0)
+    let time = clock_gettime(ClockId::Boottime);
+    time.tv_sec
+        .saturating_mul(1_000_000_000)
+        .saturating_add(time.tv_nsec)
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use bulkhead_harness::{
 };
 use clap::Parser;
 
+mod clock;
 mod host;
 mod life;
 mod network;
