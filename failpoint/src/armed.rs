@@ -1,8 +1,9 @@
 //! The points of a build for tests.
 
-use std::{env, fs, io, sync::OnceLock};
+use std::{env, fs, io, sync::OnceLock, time::Duration};
 
-/// The environment variable that names the file: `<point> <mode>`, with the mode `error`, or `kill`, which removes the file first.
+/// The environment variable that names the file: `<point> <mode>`, with the mode `error`, or `kill`, which removes the file first; or
+/// `patience little`, for [`patience`].
 pub const FILE: &str = "BULKHEAD_FAILPOINT";
 /// The kernel's parameter: `<point>:<mode>`.
 const PARAMETER: &str = "bulkhead.failpoint=";
@@ -54,6 +55,14 @@ pub fn reach(name: &'static str) -> io::Result<()> {
             }
         },
         _ => Ok(()),
+    }
+}
+
+/// How long is waited for somebody who may be stuck.
+pub fn patience(limit: Duration) -> Duration {
+    match Set::get() {
+        Some(set) if set.point == "patience" => limit / 10,
+        _ => limit,
     }
 }
 

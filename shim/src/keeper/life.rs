@@ -5,6 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bulkhead_failpoint::patience;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 /// A call that has no answer for so long makes the keeper ask for a sign of life, and again so long after each.
@@ -66,8 +67,8 @@ impl Life {
     /// How long until something is due.
     pub fn timeout(&self, unanswered: Option<Instant>, now: Instant) -> Option<Duration> {
         let (since, rest) = match self.asked {
-            Some(asked) => (asked, STANDS_STILL),
-            None => (unanswered?.max(self.sign), ASK_AFTER),
+            Some(asked) => (asked, patience(STANDS_STILL)),
+            None => (unanswered?.max(self.sign), patience(ASK_AFTER)),
         };
         Some(rest.saturating_sub(now.saturating_duration_since(since)))
     }

@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bulkhead_failpoint::reach;
+use bulkhead_failpoint::{patience, reach};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
 
@@ -191,13 +191,13 @@ fn parse_answer(line: &[u8]) -> Result<Value, Option<String>> {
 
 /// Connects; the peer was started a moment ago, and has no way to tell when its socket listens.
 fn connect(path: &Path, over: &AtomicBool) -> io::Result<UnixStream> {
-    let end = Instant::now() + LISTEN;
+    let end = Instant::now() + patience(LISTEN);
     let mut pause = Duration::from_micros(500);
     loop {
         match UnixStream::connect(path) {
             Ok(stream) => {
-                stream.set_read_timeout(Some(ANSWER))?;
-                stream.set_write_timeout(Some(ANSWER))?;
+                stream.set_read_timeout(Some(patience(ANSWER)))?;
+                stream.set_write_timeout(Some(patience(ANSWER)))?;
                 return Ok(stream);
             }
             Err(e)

@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use bulkhead_failpoint::patience;
 use serde::Deserialize;
 use tokio::time::{sleep, timeout};
 
@@ -34,7 +35,7 @@ impl Pod {
                 return self.late(|_| what.into(), advice).await;
             }
         }
-        sleep(limit).await;
+        sleep(patience(limit)).await;
         let seconds = limit.as_secs();
         let what = |doing| format!("the guest was not ready after {seconds} s, while {doing}");
         self.late(what, String::new()).await

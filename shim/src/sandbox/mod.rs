@@ -37,7 +37,7 @@ use std::{
     time::Duration,
 };
 
-use bulkhead_failpoint::reach;
+use bulkhead_failpoint::{patience, reach};
 use bulkhead_protocol::{agent, agent_ttrpc::AgentClient, limits::AGENT_PORT};
 use tokio::{
     net::UnixStream,
@@ -457,7 +457,7 @@ fn preflight_blocking(config: &Config) -> Result<(), Error> {
 
 /// A context with a time limit for a call to the agent.
 pub fn deadline(limit: Duration) -> Context {
-    context::with_duration(limit)
+    context::with_duration(patience(limit))
 }
 
 fn state_error(path: &Path) -> impl FnOnce(io::Error) -> Error {

@@ -3,6 +3,7 @@
 
 use std::{io, path::Path, time::Duration};
 
+use bulkhead_failpoint::patience;
 use bulkhead_protocol::{
     limits::STREAM_PORT,
     stream::{StreamHeader, StreamKind},
@@ -38,7 +39,7 @@ pub async fn connect(socket: &Path, port: u32) -> io::Result<UnixStream> {
             format!("guest port {port}: answer {line:?}"),
         ))
     };
-    timeout(CONNECT, connecting)
+    timeout(patience(CONNECT), connecting)
         .await
         .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, format!("guest port {port}")))?
 }

@@ -5,6 +5,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use bulkhead_failpoint::patience;
 use bulkhead_protocol::{agent, agent_ttrpc::AgentClient};
 use containerd_shim_protos::{
     api::{DeleteResponse, Empty, KillRequest, StartResponse},
@@ -451,7 +452,7 @@ fn with_machine(pod: &Pod, exec_id: &str) -> Exit {
 fn must_end(container: &Arc<Container>, process: &Arc<Process>) {
     let (container, process) = (container.clone(), process.clone());
     tokio::spawn(async move {
-        if timeout(SURVIVAL, process.wait()).await.is_err() {
+        if timeout(patience(SURVIVAL), process.wait()).await.is_err() {
             tracing::error!(
                 container = container.id,
                 "SIGKILL did not end it within {} s: the machine is killed",

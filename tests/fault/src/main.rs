@@ -15,6 +15,7 @@ mod host;
 mod life;
 mod network;
 mod points;
+mod stopped;
 
 #[derive(Parser)]
 #[command(version, about)]
@@ -34,7 +35,14 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let all: Vec<Test> = [points::TESTS, host::TESTS, network::TESTS, clock::TESTS].concat();
+    let all: Vec<Test> = [
+        points::TESTS,
+        host::TESTS,
+        network::TESTS,
+        clock::TESTS,
+        stopped::TESTS,
+    ]
+    .concat();
     let Some(chosen) = args.choice.of(&all, |test| test.name) else {
         return ExitCode::SUCCESS;
     };

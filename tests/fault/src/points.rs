@@ -115,10 +115,10 @@ pub fn announce() {
 }
 
 /// The point that is set; none once this goes.
-struct Set(PathBuf);
+pub struct Set(PathBuf);
 
 impl Set {
-    fn new(point: &str, mode: &str) -> Outcome<Self> {
+    pub fn new(point: &str, mode: &str) -> Outcome<Self> {
         let file = PathBuf::from(env::var_os(FILE).context(FILE)?);
         write(&file, format!("{point} {mode}\n"))?;
         Ok(Self(file))

@@ -165,14 +165,21 @@ impl<'a> Run<'a> {
 
     /// Starts the container and lets go of it; its output goes nowhere.
     pub fn detach(self) -> Outcome<Pod<'a>> {
+        let (pod, starting) = self.begin()?;
+        starting.wait()?.ok()?;
+        Ok(pod)
+    }
+
+    /// The same, without waiting for the start.
+    pub fn begin(self) -> Outcome<(Pod<'a>, Running)> {
         let pod = Pod {
             suite: self.suite,
             name: self.name.clone(),
             attached: false,
             gone: false,
         };
-        self.invocation(&["-d", "--null-io"]).output()?.ok()?;
-        Ok(pod)
+        let starting = self.invocation(&["-d", "--null-io"]).spawn()?;
+        Ok((pod, starting))
     }
 
     /// Starts the container and lets go of it; its output goes to where the URI says.
