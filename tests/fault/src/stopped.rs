@@ -1,5 +1,5 @@
 //! Processes that stand still while a pod starts, and before each step of its life: whoever waits for them gives up in time, and the pod can
-//! be removed. The product's own limits are minutes (`stopped::` of the end-to-end suite waits for them); here they are a tenth.
+//! be removed. The product's own limits are minutes (`stopped::` of the end-to-end suite waits for two of them); here they are a tenth.
 
 use std::time::{Duration, Instant};
 
