@@ -14,9 +14,9 @@ use std::{
     fs, future, io,
     os::{
         fd::{AsFd, OwnedFd},
-        unix::fs::{FileTypeExt, OpenOptionsExt},
+        unix::fs::FileTypeExt,
     },
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -35,7 +35,7 @@ use tokio::{
 };
 
 use self::moving::{output_to_fifo, output_to_file, splice_some, watched};
-use crate::keeper::Kept;
+use crate::keeper::{End, Kept};
 
 /// After CloseIO, how long other writers of the stdin fifo may stay silent.
 const STDIN_LINGER: Duration = Duration::from_secs(1);
@@ -132,6 +132,13 @@ impl Keep {
     fn store(&self, role: &str, fd: &impl AsFd) {
         self.kept.store(&self.process, role, fd.as_fd());
     }
+
+    /// Opens a fifo, kept from the first moment.
+    async fn open<const N: usize>(&self, path: &Path, ends: [End; N]) -> io::Result<[OwnedFd; N]> {
+        let fds = self.kept.open(&self.process, path, &ends).await?;
+        fds.try_into()
+            .map_err(|_| io::Error::other("not all ends of it were opened"))
+    }
 }
 
 /// The host's ends of a process's streams, open.
@@ -159,7 +166,7 @@ impl Drop for Io {
 impl Io {
     /// Opens the host's ends; never waits for a peer. A fifo that a shim before has opened for the same call is still open: without a
     /// writer for a moment its reader would see the end.
-    pub fn open(paths: &Paths, keep: Keep) -> Result<Self, Error> {
+    pub async fn open(paths: &Paths, keep: Keep) -> Result<Self, Error> {
         let stderr = if paths.terminal { "" } else { &paths.stderr };
         let mut kept = keep.kept.take(&keep.process);
         let mut io = Self {
@@ -172,34 +179,35 @@ impl Io {
             restored: false,
             started: false,
         };
-        let mut sink = |stream, role, uri: &str| {
-            let sink = match kept.remove(role) {
+        for (stream, role, uri, sink) in [
+            ("stdout", role::STDOUT_SINK, &*paths.stdout, &mut io.stdout),
+            ("stderr", role::STDERR_SINK, stderr, &mut io.stderr),
+        ] {
+            *sink = match kept.remove(role) {
                 Some(fifo) if !uri.is_empty() => Some(Sink::Fifo(fifo)),
-                _ => open_sink(stream, uri)?,
+                _ => open_sink(stream, uri, role, &io.keep).await?,
             };
-            // At once: should this shim die before it is kept, the reader sees the end.
-            if let Some(Sink::Fifo(fifo)) = &sink {
-                io.keep.store(role, fifo);
-            }
-            Ok(sink)
-        };
-        let stdout = sink("stdout", role::STDOUT_SINK, &paths.stdout)?;
-        let stderr = sink("stderr", role::STDERR_SINK, stderr)?;
-        (io.stdout, io.stderr) = (stdout, stderr);
+        }
         Ok(io)
     }
 
     /// The ends that a shim before has left; what it has not is opened.
-    pub fn restore(paths: &Paths, keep: Keep) -> Self {
+    pub async fn restore(paths: &Paths, keep: Keep) -> Self {
         let mut kept = keep.kept.take(&keep.process);
         let restored = !kept.is_empty();
-        let mut sink = |stream, role, uri: &str| match kept.remove(role) {
-            Some(fifo) => Some(Sink::Fifo(fifo)),
-            None => open_sink(stream, uri).unwrap_or_default(),
-        };
-        let stdout = sink("stdout", role::STDOUT_SINK, &paths.stdout);
-        let stderr = if paths.terminal { "" } else { &paths.stderr };
-        let stderr = sink("stderr", role::STDERR_SINK, stderr);
+        let (mut stdout, mut stderr) = (None, None);
+        let stderr_uri = if paths.terminal { "" } else { &paths.stderr };
+        for (stream, role, uri, sink) in [
+            ("stdout", role::STDOUT_SINK, &*paths.stdout, &mut stdout),
+            ("stderr", role::STDERR_SINK, stderr_uri, &mut stderr),
+        ] {
+            *sink = match kept.remove(role) {
+                Some(fifo) => Some(Sink::Fifo(fifo)),
+                None => open_sink(stream, uri, role, &keep)
+                    .await
+                    .unwrap_or_default(),
+            };
+        }
         let stdin_fifo = kept
             .remove(role::STDIN_FIFO)
             .map(|fifo| (fifo, kept.remove(role::STDIN_WRITER)));
@@ -390,7 +398,12 @@ impl Drop for Pumps {
     }
 }
 
-fn open_sink(stream: &'static str, uri: &str) -> Result<Option<Sink>, Error> {
+async fn open_sink(
+    stream: &'static str,
+    uri: &str,
+    role: &str,
+    keep: &Keep,
+) -> Result<Option<Sink>, Error> {
     if uri.is_empty() {
         return Ok(None);
     }
@@ -403,13 +416,8 @@ fn open_sink(stream: &'static str, uri: &str) -> Result<Option<Sink>, Error> {
     let is_fifo = fs::metadata(&path).is_ok_and(|m| m.file_type().is_fifo());
     if is_fifo {
         // Both ends: a reader may come late, go and come again.
-        let fifo = fs::OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(&path)
-            .map_err(open)?;
-        return Ok(Some(Sink::Fifo(fifo.into())));
+        let [fifo] = keep.open(&path, [End::both(role)]).await.map_err(open)?;
+        return Ok(Some(Sink::Fifo(fifo)));
     }
     let create = uri.starts_with("file://");
     let file = fs::OpenOptions::new()
@@ -460,13 +468,12 @@ async fn pump_stdin(stdin: Stdin, to: OwnedFd, close: &Notify, keep: &Keep) -> i
     let (fifo, mut writer) = match stdin.restored {
         Some(restored) => restored,
         None => {
-            let mut options = fs::OpenOptions::new();
-            options.custom_flags(libc::O_NONBLOCK);
-            let fifo = OwnedFd::from(options.clone().read(true).open(&stdin.path)?);
-            // Our own writer keeps it from ending before CloseIO. Stored first: a reader alone would mean that it was closed.
-            let writer = OwnedFd::from(options.write(true).open(&stdin.path)?);
-            keep.store(role::STDIN_WRITER, &writer);
-            keep.store(role::STDIN_FIFO, &fifo);
+            // Our own writer keeps it from ending before CloseIO. Both at once: a reader alone would mean that it was closed.
+            let ends = [
+                End::reader(role::STDIN_FIFO),
+                End::writer(role::STDIN_WRITER),
+            ];
+            let [fifo, writer] = keep.open(&stdin.path, ends).await?;
             (fifo, Some(writer))
         }
     };

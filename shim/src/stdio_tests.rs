@@ -31,6 +31,7 @@ fn keep() -> Keep {
 async fn started(paths: &Paths) -> (Pumps, Vec<UnixStream>) {
     let peers = Mutex::new(Vec::new());
     let pumps = Io::open(paths, keep())
+        .await
         .unwrap()
         .start(async |_| {
             let (ours, theirs) = UnixStream::pair()?;
@@ -159,7 +160,8 @@ async fn files_are_appended_to_and_other_schemes_are_refused_by_name() {
     pumps.drain().await;
     assert_eq!(fs::read_to_string(&log).unwrap(), "before\nafter\n");
     for uri in ["binary:///bin/logger?a=b", "relative", "npipe://x"] {
-        let error = open_sink("stdout", uri).err().unwrap().to_string();
+        let opened = open_sink("stdout", uri, role::STDOUT_SINK, &keep()).await;
+        let error = opened.err().unwrap().to_string();
         assert!(
             error.contains(uri) && error.contains("not supported"),
             "{error}"
@@ -176,6 +178,6 @@ async fn with_a_terminal_there_is_no_stderr() {
         terminal: true,
         ..Paths::default()
     };
-    let request = Io::open(&paths, keep()).unwrap().request();
+    let request = Io::open(&paths, keep()).await.unwrap().request();
     assert!(request.terminal && request.stdout && !request.stderr);
 }

@@ -1,9 +1,14 @@
 //! The channel between keeper and worker: packets of JSON, each with at most one descriptor.
 
 use std::{
+    fs,
     io::{self, IoSlice, IoSliceMut},
     mem::MaybeUninit,
-    os::fd::{BorrowedFd, OwnedFd},
+    os::{
+        fd::{BorrowedFd, OwnedFd},
+        unix::fs::OpenOptionsExt,
+    },
+    path::{Path, PathBuf},
 };
 
 use rustix::net::{
@@ -12,8 +17,8 @@ use rustix::net::{
 };
 use serde::{Deserialize, Serialize};
 
-/// Longest packet: names of processes are ids.
-const PACKET_MAX: usize = 4096;
+/// Longest packet: a path and ids.
+const PACKET_MAX: usize = 16 << 10;
 
 /// What the two tell each other.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,6 +30,21 @@ pub enum Message {
         process: String,
         /// What it is.
         role: String,
+    },
+    /// To the keeper: open these ends of a fifo, keep them, and answer at the descriptor that comes along: with a [`Message::Store`] for
+    /// each, or with [`Message::Refused`].
+    Open {
+        /// Whose it is.
+        process: String,
+        /// Where it is.
+        path: PathBuf,
+        /// Each becomes a descriptor of its own, in this order.
+        ends: Vec<End>,
+    },
+    /// The answer when a fifo could not be opened.
+    Refused {
+        /// The operating system's error number.
+        errno: i32,
     },
     /// To the keeper: close it; without a role, all of the process.
     Forget {
@@ -50,6 +70,55 @@ pub enum Message {
     Pong,
     /// Of another version: to be ignored.
     Unknown,
+}
+
+/// How a fifo is opened.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct End {
+    /// What the descriptor is kept as.
+    pub role: String,
+    /// To read from.
+    pub read: bool,
+    /// To write to.
+    pub write: bool,
+}
+
+impl End {
+    /// To read from.
+    pub fn reader(role: &str) -> Self {
+        Self {
+            role: role.into(),
+            read: true,
+            write: false,
+        }
+    }
+
+    /// To write to.
+    pub fn writer(role: &str) -> Self {
+        Self {
+            role: role.into(),
+            read: false,
+            write: true,
+        }
+    }
+
+    /// To write to whether or not there is a reader.
+    pub fn both(role: &str) -> Self {
+        Self {
+            read: true,
+            ..Self::writer(role)
+        }
+    }
+
+    /// Opens it; waits for no peer.
+    pub fn open(&self, path: &Path) -> io::Result<OwnedFd> {
+        let file = fs::OpenOptions::new()
+            .read(self.read)
+            .write(self.write)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)?;
+        Ok(file.into())
+    }
 }
 
 /// Both ends.

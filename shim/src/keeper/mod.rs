@@ -52,6 +52,7 @@ use crate::{
     logging,
     sandbox::state::remove_file,
 };
+pub use channel::End;
 pub use starter::Starter;
 pub use worker::{Connections, Kept};
 
@@ -311,6 +312,14 @@ impl Keeper {
             {
                 self.stored.insert((process, role), fd);
             }
+            (
+                Message::Open {
+                    process,
+                    path,
+                    ends,
+                },
+                Some(answers),
+            ) => self.open(&process, &path, &ends, answers.as_fd()),
             (Message::Forget { process, role }, _) => match role {
                 Some(role) => drop(self.stored.remove(&(process, role))),
                 None => self.stored.retain(|(of, _), _| *of != process),
@@ -319,6 +328,27 @@ impl Keeper {
             (Message::Replace, _) => self.wanted = true,
             (Message::Pong, _) => self.worker.gave_sign(),
             _ => {}
+        }
+    }
+
+    /// Opens a fifo for the worker. The keeper does it since opening wakes the peer: should the worker die before it had the
+    /// descriptor kept, the peer would see the end.
+    fn open(&mut self, process: &str, path: &Path, ends: &[End], answers: BorrowedFd<'_>) {
+        let opened: io::Result<Vec<OwnedFd>> = ends.iter().map(|end| end.open(path)).collect();
+        let fds = match opened {
+            Ok(fds) => fds,
+            Err(error) => {
+                let errno = error.raw_os_error().unwrap_or(libc::EIO);
+                let _ = channel::send(answers, &Message::Refused { errno }, None);
+                return;
+            }
+        };
+        for (end, fd) in ends.iter().zip(fds) {
+            let (process, role) = (process.to_owned(), end.role.clone());
+            let store = Message::Store { process, role };
+            // A worker that is gone needs no answer, and its successor is given what is kept.
+            let _ = channel::send(answers, &store, Some(fd.as_fd()));
+            self.follow(store, Some(fd));
         }
     }
 

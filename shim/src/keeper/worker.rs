@@ -4,6 +4,7 @@ use std::{
     collections::HashMap,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::Path,
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -13,7 +14,7 @@ use tokio::{
     sync::{Notify, mpsc},
 };
 
-use super::channel::{self, Message};
+use super::channel::{self, End, Message};
 use crate::watch::watch;
 
 /// Connections that wait for the server at most.
@@ -104,6 +105,44 @@ impl Kept {
         self.tell(&Message::Store { process, role }, Some(fd));
     }
 
+    /// Opens these ends of a fifo so that they are kept from the first moment.
+    pub async fn open(&self, process: &str, path: &Path, ends: &[End]) -> io::Result<Vec<OwnedFd>> {
+        let here = || ends.iter().map(|end| end.open(path)).collect();
+        if self.0.channel.is_none() {
+            return here();
+        }
+        let (answers, theirs) = channel::pair()?;
+        let message = Message::Open {
+            process: process.to_owned(),
+            path: path.to_owned(),
+            ends: ends.to_vec(),
+        };
+        self.tell(&message, Some(theirs.as_fd()));
+        drop(theirs);
+        let answers = watch(answers, Interest::READABLE)?;
+        let mut fds = Vec::new();
+        while fds.len() < ends.len() {
+            let mut ready = answers.readable().await?;
+            match channel::receive(answers.as_fd(), false) {
+                Ok(Some((Message::Store { .. }, Some(fd)))) => fds.push(fd),
+                Ok(Some((Message::Refused { errno }, _))) => {
+                    return Err(io::Error::from_raw_os_error(errno));
+                }
+                Ok(Some(_)) => {}
+                Ok(None) => ready.clear_ready(),
+                // A keeper from before an upgrade does not know the message, or it has no descriptor left.
+                Err(_) => {
+                    let fds: Vec<OwnedFd> = here()?;
+                    for (end, fd) in ends.iter().zip(&fds) {
+                        self.store(process, &end.role, fd.as_fd());
+                    }
+                    return Ok(fds);
+                }
+            }
+        }
+        Ok(fds)
+    }
+
     /// Has it closed; without a role, all of the process.
     pub fn forget(&self, process: &str, role: Option<&str>) {
         let (process, role) = (process.to_owned(), role.map(str::to_owned));
@@ -171,4 +210,55 @@ impl Kept {
 
 fn stream(fd: OwnedFd) -> io::Result<UnixStream> {
     UnixStream::from_std(std::os::unix::net::UnixStream::from(fd))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A worker, and the keeper's end of its channel.
+    fn worker() -> (Kept, OwnedFd) {
+        let (keeper, channel) = channel::pair().unwrap();
+        channel::send(keeper.as_fd(), &Message::Go { first: true }, None).unwrap();
+        (Kept::receive(channel).unwrap().0, keeper)
+    }
+
+    fn next(keeper: &OwnedFd) -> (Message, Option<OwnedFd>) {
+        channel::receive(keeper.as_fd(), true).unwrap().unwrap()
+    }
+
+    #[tokio::test]
+    async fn what_the_keeper_says_of_a_fifo_is_the_error() {
+        let (kept, keeper) = worker();
+        let answer = std::thread::spawn(move || {
+            let (Message::Open { path, ends, .. }, Some(answers)) = next(&keeper) else {
+                panic!("not asked to open")
+            };
+            assert_eq!((path.to_str(), ends.len()), (Some("/a/fifo"), 2));
+            let refused = Message::Refused {
+                errno: libc::ENFILE,
+            };
+            channel::send(answers.as_fd(), &refused, None).unwrap();
+        });
+        let ends = [End::reader("in"), End::writer("out")];
+        let opened = kept.open("web/", Path::new("/a/fifo"), &ends).await;
+        assert_eq!(opened.unwrap_err().raw_os_error(), Some(libc::ENFILE));
+        answer.join().unwrap();
+    }
+
+    #[tokio::test]
+    async fn without_an_answer_it_is_opened_here_and_then_kept() {
+        let (kept, keeper) = worker();
+        // As a keeper from before an upgrade.
+        let answer = std::thread::spawn(move || {
+            drop(next(&keeper));
+            next(&keeper)
+        });
+        let path = Path::new("/dev/null");
+        let opened = kept.open("web/", path, &[End::both("stdout")]).await;
+        assert_eq!(opened.unwrap().len(), 1);
+        let (message, fd) = answer.join().unwrap();
+        let (process, role) = ("web/".into(), "stdout".into());
+        assert!(message == Message::Store { process, role } && fd.is_some());
+    }
 }

@@ -143,7 +143,7 @@ impl Shared {
             return;
         }
         let keep = Keep::new(&self.kept, &container.id, exec);
-        let io = Io::restore(&saved.paths, keep);
+        let io = Io::restore(&saved.paths, keep).await;
         if saved.ended.is_none() || io.is_restored() {
             let socket = container.pod.vsock();
             let connect = |kind| vsock::connect_stream(&socket, &container.id, exec, kind);

@@ -101,7 +101,7 @@ impl Shared {
             stderr: req.stderr.clone(),
             terminal: req.terminal,
         };
-        let io = Io::open(&paths, Keep::new(&self.kept, &req.id, ""))?;
+        let io = Io::open(&paths, Keep::new(&self.kept, &req.id, "")).await?;
         let plan = Plan::new(&req.rootfs, &mut spec, &mut self.state().trees)?;
         let pod = match self.pod_with(&bundle, &spec, &plan.trees).await {
             Ok(pod) => pod,
@@ -355,7 +355,8 @@ impl Shared {
         let process = Process::new(&req.exec_id, paths.clone());
         // First: the streams of another of this name are kept under it.
         container.add_exec(process.clone())?;
-        let made = match Io::open(&paths, Keep::new(&self.kept, &req.id, &req.exec_id)) {
+        let keep = Keep::new(&self.kept, &req.id, &req.exec_id);
+        let made = match Io::open(&paths, keep).await {
             Ok(io) => self.make_exec(&container, req, program, io).await,
             Err(error) => Err(error.into()),
         };
