@@ -19,7 +19,7 @@ use crate::virtio::net::Mac;
 /// to a file's cache, and the emulator drops what it had translated from there.
 const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 reboot=t no_timer_check tsc=reliable \
                             8250.nr_uarts=1 random.trust_cpu=on swiotlb=noforce noreplace-smp \
-                            rcupdate.rcu_expedited=1 initcall_blacklist=slab_late_init percpu_alloc=page \
+                            rcupdate.rcu_expedited=1 percpu_alloc=page \
                             mitigations=off init_on_alloc=1";
 
 /// The emulator's side of one of our devices.

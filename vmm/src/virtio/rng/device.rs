@@ -9,7 +9,8 @@ use crate::virtio::worker::Worker;
 use crate::virtio::{ActivateError, Activation, VirtioDevice};
 
 const DEVICE_TYPE: u32 = 4;
-const QUEUE_SIZES: [u16; 1] = [1024];
+/// The driver asks for one buffer at a time.
+const QUEUE_SIZES: [u16; 1] = [16];
 
 /// The entropy device.
 #[derive(Default)]
