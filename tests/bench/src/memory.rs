@@ -1,5 +1,7 @@
 //! Memory of idle pods by process (PSS: a page that several map counts in parts), the guest's apart.
 
+use std::time::Duration;
+
 use bulkhead_harness::{
     Image, Pod, Suite,
     failure::{Outcome, read},
@@ -17,6 +19,8 @@ use crate::{
 /// A map at least as large as this is the guest's memory.
 const GUEST_KIB: u64 = 256 << 10;
 const GUEST: &str = "guest memory";
+/// A pod counts as idle after so long.
+const IDLE: Duration = Duration::from_secs(10);
 const KEEPER: &str = "bulkhead-keeper";
 
 /// `memory::*`: a row a subject and a row a process, of one pod in the middle of several.
@@ -87,7 +91,8 @@ fn mean(suite: &Suite, subject: Subject, image: Image, pods: u32) -> Outcome<Vec
     };
     let start = || subject.run(suite, image).args(program).detach();
     let all: Vec<Pod<'_>> = (0..pods).map(|_| start()).collect::<Outcome<_>>()?;
-    std::thread::sleep(suite.scale.seconds(2));
+    // What a start has used and freed goes back to the host within some seconds.
+    std::thread::sleep(IDLE);
     let mut parts: Vec<(String, f64)> = Vec::new();
     for pod in &all {
         for (name, mib) in of(pod)? {
