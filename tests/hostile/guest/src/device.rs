@@ -18,7 +18,7 @@ pub const WRITE: u16 = 2;
 /// VIRTQ_DESC_F_INDIRECT.
 pub const INDIRECT: u16 = 4;
 
-/// Size that queues are given.
+/// Size that queues are given; those that are attacked offer at least as much.
 pub const SIZE: u16 = 64;
 /// Buffers begin here: requests, then room for answers.
 pub const DATA: u64 = 0x180_0000;

@@ -10,7 +10,7 @@ use crate::virtio::{ActivateError, Activation, VirtioDevice};
 
 const DEVICE_TYPE: u32 = 4;
 /// The driver asks for one buffer at a time.
-const QUEUE_SIZES: [u16; 1] = [16];
+const QUEUE_SIZES: [u16; 1] = [64];
 
 /// The entropy device.
 #[derive(Default)]

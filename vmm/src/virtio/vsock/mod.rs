@@ -72,7 +72,7 @@ const F_STREAM: u64 = 1 << 0;
 const DEVICE_TYPE: u32 = 19;
 /// Receive, transmit, event. The driver holds 4 KiB for each entry of the first, whether or not anything comes; a stream's credit
 /// is 256 KiB.
-const QUEUE_SIZES: [u16; 3] = [64, 256, 8];
+const QUEUE_SIZES: [u16; 3] = [64, 256, 64];
 
 /// The device.
 pub struct Vsock {
