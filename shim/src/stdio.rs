@@ -81,6 +81,13 @@ pub struct Paths {
     pub terminal: bool,
 }
 
+impl Paths {
+    /// With a terminal there is none.
+    fn stderr(&self) -> &str {
+        if self.terminal { "" } else { &self.stderr }
+    }
+}
+
 enum Sink {
     Fifo(OwnedFd),
     File(OwnedFd),
@@ -167,7 +174,6 @@ impl Io {
     /// Opens the host's ends; never waits for a peer. A fifo that a shim before has opened for the same call is still open: without a
     /// writer for a moment its reader would see the end.
     pub async fn open(paths: &Paths, keep: Keep) -> Result<Self, Error> {
-        let stderr = if paths.terminal { "" } else { &paths.stderr };
         let mut kept = keep.kept.take(&keep.process);
         let mut io = Self {
             stdin: open_stdin(&paths.stdin)?,
@@ -179,15 +185,9 @@ impl Io {
             restored: false,
             started: false,
         };
-        for (stream, role, uri, sink) in [
-            ("stdout", role::STDOUT_SINK, &*paths.stdout, &mut io.stdout),
-            ("stderr", role::STDERR_SINK, stderr, &mut io.stderr),
-        ] {
-            *sink = match kept.remove(role) {
-                Some(fifo) if !uri.is_empty() => Some(Sink::Fifo(fifo)),
-                _ => open_sink(stream, uri, role, &io.keep).await?,
-            };
-        }
+        let (out, err) = (role::STDOUT_SINK, role::STDERR_SINK);
+        io.stdout = open_sink("stdout", &paths.stdout, out, &io.keep, &mut kept).await?;
+        io.stderr = open_sink("stderr", paths.stderr(), err, &io.keep, &mut kept).await?;
         Ok(io)
     }
 
@@ -195,19 +195,10 @@ impl Io {
     pub async fn restore(paths: &Paths, keep: Keep) -> Self {
         let mut kept = keep.kept.take(&keep.process);
         let restored = !kept.is_empty();
-        let (mut stdout, mut stderr) = (None, None);
-        let stderr_uri = if paths.terminal { "" } else { &paths.stderr };
-        for (stream, role, uri, sink) in [
-            ("stdout", role::STDOUT_SINK, &*paths.stdout, &mut stdout),
-            ("stderr", role::STDERR_SINK, stderr_uri, &mut stderr),
-        ] {
-            *sink = match kept.remove(role) {
-                Some(fifo) => Some(Sink::Fifo(fifo)),
-                None => open_sink(stream, uri, role, &keep)
-                    .await
-                    .unwrap_or_default(),
-            };
-        }
+        let (out, err) = (role::STDOUT_SINK, role::STDERR_SINK);
+        let stdout = open_sink("stdout", &paths.stdout, out, &keep, &mut kept).await;
+        let stderr = open_sink("stderr", paths.stderr(), err, &keep, &mut kept).await;
+        let (stdout, stderr) = (stdout.unwrap_or_default(), stderr.unwrap_or_default());
         let stdin_fifo = kept
             .remove(role::STDIN_FIFO)
             .map(|fifo| (fifo, kept.remove(role::STDIN_WRITER)));
@@ -398,14 +389,19 @@ impl Drop for Pumps {
     }
 }
 
+/// An output: what a shim before has left of it in `kept`, or else opened.
 async fn open_sink(
     stream: &'static str,
     uri: &str,
     role: &str,
     keep: &Keep,
+    kept: &mut HashMap<String, OwnedFd>,
 ) -> Result<Option<Sink>, Error> {
     if uri.is_empty() {
         return Ok(None);
+    }
+    if let Some(fifo) = kept.remove(role) {
+        return Ok(Some(Sink::Fifo(fifo)));
     }
     let path = path_of(stream, uri)?;
     let open = |source| Error::Open {

@@ -160,7 +160,8 @@ async fn files_are_appended_to_and_other_schemes_are_refused_by_name() {
     pumps.drain().await;
     assert_eq!(fs::read_to_string(&log).unwrap(), "before\nafter\n");
     for uri in ["binary:///bin/logger?a=b", "relative", "npipe://x"] {
-        let opened = open_sink("stdout", uri, role::STDOUT_SINK, &keep()).await;
+        let (keep, mut kept) = (keep(), HashMap::new());
+        let opened = open_sink("stdout", uri, role::STDOUT_SINK, &keep, &mut kept).await;
         let error = opened.err().unwrap().to_string();
         assert!(
             error.contains(uri) && error.contains("not supported"),
