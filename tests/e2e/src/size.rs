@@ -1,7 +1,6 @@
 //! The machine's size follows what is in the pod, and it rests while the pod is paused.
 
 use std::{
-    fs,
     io::{BufRead, BufReader, Write},
     os::unix::net::UnixStream,
     thread::sleep,
@@ -160,15 +159,7 @@ fn ticks(suite: &Suite, pod: &Pod) -> Outcome<u64> {
         Engine::Emulated => "qemu-system",
         _ => "bulkhead-vmm",
     };
-    let file = format!("/proc/{}/stat", pod.process(name)?.pid);
-    let text = fs::read_to_string(&file).context(&file)?;
-    // After the name: state is field 3, user and system time are 14 and 15.
-    let (_, rest) = text.rsplit_once(')').context(&file)?;
-    let fields: Vec<&str> = rest.split_whitespace().collect();
-    let field = |at: usize| fields.get(at).and_then(|field| field.parse::<u64>().ok());
-    Ok(field(11)
-        .context(&file)?
-        .saturating_add(field(12).context(&file)?))
+    pod.process(name)?.cpu_ticks()
 }
 
 fn stops(suite: &Suite, pod: &Pod) -> Outcome {

@@ -30,6 +30,19 @@ pub struct Process {
 }
 
 impl Process {
+    /// CPU time that it has had, in ticks of a hundredth second (proc_pid_stat(5)).
+    pub fn cpu_ticks(&self) -> Outcome<u64> {
+        let file = format!("/proc/{}/stat", self.pid);
+        let text = fs::read_to_string(&file).context(&file)?;
+        // After the name: state is field 3, user and system time are 14 and 15.
+        let (_, rest) = text.rsplit_once(')').context(&file)?;
+        let fields: Vec<&str> = rest.split_whitespace().collect();
+        let field = |at: usize| fields.get(at).and_then(|field| field.parse::<u64>().ok());
+        Ok(field(11)
+            .context(&file)?
+            .saturating_add(field(12).context(&file)?))
+    }
+
     /// Sends a signal to it.
     pub fn signal(&self, signal: Signal) -> Outcome {
         let pid = i32::try_from(self.pid)
