@@ -1,8 +1,8 @@
 //! Files that a container writes: what is odd, large or linked, seen by the container and then by the host.
 
 use bulkhead_harness::{
-    Engine, Image, Outcome, Pod, Suite, Test, ensure, ensure_eq,
-    runner::ANY,
+    Engine, Image, Outcome, Pod, Suite, Test, ensure, ensure_eq, process,
+    runner::{ANY, MACHINES},
     test,
     tree::{self, LIST},
 };
@@ -41,6 +41,11 @@ pub const TESTS: &[Test] = &[
         files::named_pipes_work_and_device_nodes_stay_off_the_hosts_disk,
         BUSYBOX,
         ANY
+    ),
+    test!(
+        files::what_is_open_of_an_image_takes_nothing_of_the_host,
+        BUSYBOX,
+        MACHINES
     ),
 ];
 
@@ -200,5 +205,25 @@ fn named_pipes_work_and_device_nodes_stay_off_the_hosts_disk(suite: &Suite) -> O
         output.text().replace("\ntmpfs", ""),
         expected
     );
+    Ok(())
+}
+
+/// The guest opens files of the layers itself: however many a container holds, the file server knows of none.
+fn what_is_open_of_an_image_takes_nothing_of_the_host(suite: &Suite) -> Outcome {
+    let pod = suite.busybox().args(&["sleep", "1000"]).detach()?;
+    let server = pod.command("bulkhead-fs")?;
+    // What is looked up stays known.
+    pod.sh("cat /bin/busybox >/dev/null")?;
+    let before = process::fds(server.pid);
+    let held = pod.sh("f=/bin/busybox; for i in 1 2 3 4 5 6 7 8 9 10; do
+             (exec 3<$f 4<$f 5<$f 6<$f 7<$f 8<$f 9<$f; echo held; exec sleep 1000) 2>/dev/null &
+         done | head -n 10 | wc -l")?;
+    ensure_eq!("holders of 7 descriptors", held, "10");
+    let now = process::fds(server.pid);
+    ensure!(
+        now < before + 20,
+        "70 open files of the image: the file server held {before} descriptors and holds {now}"
+    );
+    pod.end()?;
     Ok(())
 }

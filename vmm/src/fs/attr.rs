@@ -6,7 +6,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use super::abi::{encode_device, fattr};
+use super::abi::{ATTR_STATELESS, encode_device, fattr};
 use super::inodes::{Inode, Node};
 use super::reply::Reply;
 use super::request::SetAttr;
@@ -14,7 +14,7 @@ use super::server::{Context, Server, fd_path, stat};
 
 impl Server {
     /// `struct fuse_attr`.
-    fn attributes(&self, stat: &Statx, reply: &mut Reply<'_>) -> Result<(), Errno> {
+    fn attributes(&self, inode: &Inode, stat: &Statx, reply: &mut Reply<'_>) -> Result<(), Errno> {
         let number = self.number((stat.stx_dev_major, stat.stx_dev_minor), stat.stx_ino);
         let seconds = |time: &rustix::fs::StatxTimestamp| time.tv_sec.cast_unsigned();
         reply.u64s(&[
@@ -35,7 +35,11 @@ impl Server {
             stat.stx_gid,
             encode_device(stat.stx_rdev_major, stat.stx_rdev_minor),
             stat.stx_blksize,
-            0,
+            if inode.tree.is_constant() {
+                ATTR_STATELESS
+            } else {
+                0
+            },
         ])
     }
 
@@ -49,13 +53,13 @@ impl Server {
         let seconds = inode.tree.timeout().as_secs();
         reply.u64s(&[inode.id, 0, seconds, seconds])?;
         reply.u32s(&[0, 0])?;
-        self.attributes(stat, reply)
+        self.attributes(inode, stat, reply)
     }
 
     fn attr_out(&self, inode: &Node, reply: &mut Reply<'_>) -> Result<(), Errno> {
         reply.u64s(&[inode.tree.timeout().as_secs()])?;
         reply.u32s(&[0, 0])?;
-        self.attributes(&stat(inode)?, reply)
+        self.attributes(inode, &stat(inode)?, reply)
     }
 
     pub(super) fn get_attr(&self, node: u64, reply: &mut Reply<'_>) -> Result<(), Errno> {

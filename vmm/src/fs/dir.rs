@@ -1,6 +1,7 @@
 //! Folders: OPENDIR, READDIR, READDIRPLUS.
 
 use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
 
 use rustix::fs::{FileType, OFlags, RawDir, RawDirEntry, SeekFrom, seek};
 use rustix::io::Errno;
@@ -15,17 +16,18 @@ use crate::limits;
 impl Server {
     pub(super) fn open_dir(&self, node: u64, reply: &mut Reply<'_>) -> Result<(), Errno> {
         let inode = self.inodes.get(node)?;
-        let dir = self.reopen(
-            &inode,
-            OFlags::RDONLY | OFlags::DIRECTORY,
-            FileType::Directory,
-        )?;
+        let dir = self.reopen_dir(&inode)?;
         let flags = if inode.tree.shared {
             0
         } else {
             FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE
         };
         self.open_out(&inode, dir, flags, reply)
+    }
+
+    pub(super) fn reopen_dir(&self, inode: &Node) -> Result<OwnedFd, Errno> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+        self.reopen(inode, flags, FileType::Directory)
     }
 
     pub(super) fn read_dir(
@@ -36,7 +38,7 @@ impl Server {
         reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let inode = self.inodes.get(node)?;
-        let handle = self.handles.get(span.fh, node)?;
+        let handle = self.opened(node, span.fh)?;
         // The host's entries are smaller than the guest's: read about as many as fit.
         let wanted = if plus { span.size / 4 } else { span.size };
         let mut buffer = vec![MaybeUninit::uninit(); wanted.clamp(1024, limits::FS_DIR_BUFFER)];

@@ -2,6 +2,7 @@
 
 use std::io::IoSlice;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use rustix::fs::{
     FallocateFlags, FileType, OFlags, SeekFrom, copy_file_range, fallocate, fdatasync, fsync, seek,
@@ -10,6 +11,7 @@ use rustix::io::{Errno, ReadWriteFlags, pread, pwritev2};
 
 use super::abi::{WRITE_CACHE, WRITE_KILL_SUIDGID};
 use super::create::keep_cache;
+use super::handles::Handle;
 use super::inodes::Node;
 use super::reply::Reply;
 use super::request::{Copy, Span};
@@ -49,8 +51,25 @@ impl Server {
         self.open_out(&inode, file, keep_cache(&inode), reply)
     }
 
+    /// What a request that reads is about: the guest's handle `fh`, or, if that is 0, what `node` is of a tree that nobody
+    /// changes, opened for this request.
+    pub(super) fn opened(&self, node: u64, fh: u64) -> Result<Arc<Handle>, Errno> {
+        if fh != 0 {
+            return self.handles.get(fh, node);
+        }
+        let inode = self.inodes.get(node)?;
+        if !inode.tree.is_constant() {
+            return Err(Errno::BADF);
+        }
+        let file = match inode.kind {
+            FileType::Directory => self.reopen_dir(&inode),
+            _ => self.reopen(&inode, OFlags::RDONLY, FileType::RegularFile),
+        }?;
+        Ok(Arc::new(Handle::new(inode.inode(), file)))
+    }
+
     pub(super) fn read(&self, node: u64, span: Span, reply: &mut Reply<'_>) -> Result<(), Errno> {
-        let handle = self.handles.get(span.fh, node)?;
+        let handle = self.opened(node, span.fh)?;
         let buffer = reply.room(span.size)?;
         let mut done = 0;
         // A short answer means the end of the file to the guest: read on until there is nothing more.
@@ -100,7 +119,7 @@ impl Server {
     }
 
     pub(super) fn fsync(&self, node: u64, fh: u64, data_only: bool) -> Result<(), Errno> {
-        let handle = self.handles.get(fh, node)?;
+        let handle = self.opened(node, fh)?;
         if data_only {
             fdatasync(&*handle)
         } else {
@@ -137,7 +156,7 @@ impl Server {
         whence: u32,
         reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
-        let handle = self.handles.get(fh, node)?;
+        let handle = self.opened(node, fh)?;
         if i64::try_from(offset).is_err() {
             return Err(Errno::NXIO);
         }
@@ -160,7 +179,7 @@ impl Server {
         if copy.flags != 0 {
             return Err(Errno::INVAL);
         }
-        let from = self.handles.get(copy.fh_in, context.header.node)?;
+        let from = self.opened(context.header.node, copy.fh_in)?;
         let to = self.handles.get(copy.fh_out, copy.node_out)?;
         let len = usize::try_from(copy.len)
             .unwrap_or(usize::MAX)

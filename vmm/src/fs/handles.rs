@@ -16,6 +16,15 @@ pub struct Handle {
 }
 
 impl Handle {
+    /// `fd`, opened from `inode`, in no table.
+    pub fn new(inode: Arc<Inode>, fd: OwnedFd) -> Self {
+        Self {
+            inode,
+            fd,
+            position: Mutex::new(()),
+        }
+    }
+
     /// Keeps others from moving the descriptor's position.
     pub fn lock_position(&self) -> MutexGuard<'_, ()> {
         self.position.lock().unwrap_or_else(PoisonError::into_inner)
@@ -49,7 +58,7 @@ impl Handles {
         }
     }
 
-    /// Holds `fd`, opened from `inode`, and returns its number.
+    /// Holds `fd`, opened from `inode`, and returns its number, which is never 0.
     pub fn insert(&self, inode: Arc<Inode>, fd: OwnedFd) -> Result<u64, Errno> {
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
         if table.open.len() >= self.limit {
@@ -57,14 +66,7 @@ impl Handles {
         }
         let number = table.last.checked_add(1).ok_or(Errno::NFILE)?;
         table.last = number;
-        table.open.insert(
-            number,
-            Arc::new(Handle {
-                inode,
-                fd,
-                position: Mutex::new(()),
-            }),
-        );
+        table.open.insert(number, Arc::new(Handle::new(inode, fd)));
         Ok(number)
     }
 

@@ -50,6 +50,11 @@ impl Tree {
         if self.shared { Duration::ZERO } else { OWN }
     }
 
+    /// Whether nobody changes it, host and guest, as long as it is here: layers of images.
+    pub fn is_constant(&self) -> bool {
+        self.readonly && !self.shared
+    }
+
     /// Whether the tree was taken away.
     pub fn is_removed(&self) -> bool {
         self.removed.load(Ordering::Acquire)

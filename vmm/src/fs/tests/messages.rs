@@ -498,6 +498,51 @@ fn beyond_its_descriptors_the_server_holds_files_by_handle() {
 }
 
 #[test]
+fn what_nobody_changes_is_read_without_an_open() {
+    let Some(rig) = Rig::start() else { return };
+    let (ro, rw) = (rig.tree(c"ro"), rig.tree(c"rw"));
+    std::fs::write(rig.path("rw/file"), "").unwrap();
+    std::fs::create_dir(rig.path("rw/folder")).unwrap();
+    symlink("file", rig.path("ro/link")).unwrap();
+    let lookup = |dir, name| {
+        let entry = rig.named(opcode::LOOKUP, dir, Vec::new(), &[name]).unwrap();
+        (u64_at(&entry, 0), u32_at(&entry, 124) & (1 << 31) != 0)
+    };
+    let (file, stateless) = lookup(ro, c"file");
+    assert!(stateless);
+    assert_eq!(rig.read(file, 0, 100).unwrap(), b"read only");
+    let list = |node| {
+        let mut body = u64s(&[0, 0]);
+        body.extend(u32s(&[1024, 0, 0, 0, 0, 0]));
+        rig.call(opcode::READDIR, node, &body)
+    };
+    assert!(!list(ro).unwrap().is_empty());
+    let mut fsync = u64s(&[0]);
+    fsync.extend(u32s(&[0, 0]));
+    rig.call(opcode::FSYNC, file, &fsync).unwrap();
+    rig.call(opcode::FSYNCDIR, ro, &fsync).unwrap();
+    let mut lseek = u64s(&[0, 0]);
+    lseek.extend(u32s(&[libc::SEEK_HOLE.cast_unsigned(), 0]));
+    assert_eq!(
+        u64_at(&rig.call(opcode::LSEEK, file, &lseek).unwrap(), 0),
+        9
+    );
+
+    // Handle 0 is of nothing else: not to write, not what is no file, not where somebody writes.
+    assert_eq!(write(&rig, file, 0, b"x"), Err(Errno::BADF));
+    assert_eq!(rig.call(opcode::RELEASE, file, &[0; 24]), Err(Errno::BADF));
+    assert_eq!(rig.read(lookup(ro, c"link").0, 0, 1), Err(Errno::LOOP));
+    assert_eq!(rig.read(ro, 0, 1), Err(Errno::ISDIR));
+    assert_eq!(list(file), Err(Errno::NOTDIR));
+    for name in [c"file", c"folder"] {
+        let (node, stateless) = lookup(rw, name);
+        assert!(!stateless);
+        assert_eq!(rig.read(node, 0, 1), Err(Errno::BADF));
+        assert_eq!(list(node), Err(Errno::BADF));
+    }
+}
+
+#[test]
 fn a_file_held_by_handle_lives_on_unlinked_while_it_is_open() {
     let budget = Budget {
         inodes: Limits {
