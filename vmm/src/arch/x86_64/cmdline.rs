@@ -2,7 +2,7 @@
 
 use super::layout;
 
-/// What every guest of the `kvm` engine is told; a file, because the benchmark starts the same guest in virtual time.
+/// What every guest is told; a file, because the benchmark starts the same guest in virtual time.
 ///
 /// - `console=ttyS0 quiet`: the serial port is for panics; each byte is an exit.
 /// - `panic=-1 reboot=k`: a panic restarts at once, and a restart is the keyboard controller's reset line: one exit
@@ -19,7 +19,7 @@ use super::layout;
 ///   much in books of it once containers have used up the first.
 /// - `page_reporting.page_reporting_order=5`: free memory is told to the host from 128 KiB on. The default is a huge page, and what
 ///   a start has used and freed is in smaller pieces.
-const BASE: &str = include_str!("cmdline.txt").trim_ascii();
+pub const BASE: &str = include_str!("cmdline.txt").trim_ascii();
 
 /// Tells the agent to offer a debugging shell: a parameter with a dot goes to nobody else.
 pub const DEBUG_SHELL: &str = " bulkhead.debug_shell";

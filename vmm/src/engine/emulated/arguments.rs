@@ -11,16 +11,13 @@ use crate::config::MachineConfig;
 use crate::virtio::VirtioDevice;
 use crate::virtio::net::Mac;
 
-/// Kernel parameters; those of the devices are added by the emulator. A restart is a triple fault: `-no-reboot`
-/// makes the emulator end with it. The guest is no wall anyway, so it does without mitigations.
+/// Kernel parameters behind those of every guest; those of the devices are added by the emulator. A restart is a triple fault
+/// here: `-no-reboot` makes the emulator end with it. The guest is no wall anyway, so it does without mitigations.
 ///
 /// The emulator does not see what our devices write into guest memory, so it would run the old translation of a page
 /// that a device filled with other code. `init_on_alloc`: the guest's kernel clears every page before it gives it
 /// to a file's cache, and the emulator drops what it had translated from there.
-const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 reboot=t no_timer_check tsc=reliable \
-                            8250.nr_uarts=1 random.trust_cpu=on swiotlb=noforce noreplace-smp \
-                            rcupdate.rcu_expedited=1 percpu_alloc=page \
-                            mitigations=off init_on_alloc=1";
+const COMMAND_LINE: &str = "reboot=t mitigations=off init_on_alloc=1";
 
 /// The emulator's side of one of our devices.
 pub struct Frontend {
@@ -130,7 +127,10 @@ pub fn arguments(
     } else {
         ""
     };
-    let mut command_line = format!("{COMMAND_LINE} tsc_early_khz={tsc_khz}{debug}");
+    let mut command_line = format!(
+        "{} {COMMAND_LINE} tsc_early_khz={tsc_khz}{debug}",
+        cmdline::BASE
+    );
     command_line.push_str(&cmdline::held_back(config.vcpus, config.vcpus_max()));
     if let (true, Some(last)) = (
         config.reserve_bytes() > 0,
