@@ -179,6 +179,10 @@ pub const FS_DEVICES: usize = 4096;
 /// Most bytes read of a folder at once.
 pub const FS_DIR_BUFFER: usize = 32 << 10;
 
+/// Most files that the steward is asked about at once.
+/// Test: `files_are_told_apart_by_whether_they_have_attributes`.
+pub const FS_ASKED: usize = 32;
+
 /// Most bytes of one `copy_file_range`, so that no worker is held for long.
 pub const FS_COPY: usize = 64 << 20;
 

@@ -111,8 +111,10 @@ pub mod fattr {
     pub const KILL_SUIDGID: u32 = 1 << 11;
 }
 
-/// `flags` of attributes: the guest opens such a file or folder for reading without a request, and reads with handle 0. A patch of
-/// the guest's kernel knows it (`guest-kernel/patches/fuse-stateless-open.patch`), other kernels overlook it and open.
+/// `flags` of attributes: there are no extended attributes, and there will be none. A patch of the guest's kernel knows this one and
+/// the next (`guest-kernel/patches/fuse-layers.patch`), other kernels overlook them and ask.
+pub const ATTR_NO_XATTR: u32 = 1 << 30;
+/// The guest opens such a file or folder for reading without a request, and reads with handle 0.
 pub const ATTR_STATELESS: u32 = 1 << 31;
 /// Answer to FUSE_OPEN: keep the page cache of earlier opens.
 pub const FOPEN_KEEP_CACHE: u32 = 1 << 1;

@@ -1,12 +1,14 @@
 //! Attributes: GETATTR, SETATTR and the entry every lookup answers with.
 
+use std::os::fd::AsFd;
+
 use rustix::fs::{
     AtFlags, CWD, FileType, Gid, Mode, OFlags, Statx, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT,
     Uid, chmodat, chownat, ftruncate, readlinkat, utimensat,
 };
 use rustix::io::Errno;
 
-use super::abi::{ATTR_STATELESS, encode_device, fattr};
+use super::abi::{ATTR_NO_XATTR, ATTR_STATELESS, encode_device, fattr};
 use super::inodes::{Inode, Node};
 use super::reply::Reply;
 use super::request::SetAttr;
@@ -54,6 +56,23 @@ impl Server {
         reply.u64s(&[inode.id, 0, seconds, seconds])?;
         reply.u32s(&[0, 0])?;
         self.attributes(inode, stat, reply)
+    }
+
+    /// Says of entries of trees that nobody changes which have no extended attributes; each with where its attributes end in the body. What
+    /// cannot be told the guest asks for.
+    pub(super) fn mark_bare(&self, entries: &[(Node, usize)], reply: &mut Reply<'_>) {
+        let constant = |(inode, _): &&(Node, usize)| inode.tree.is_constant();
+        let entries: Vec<_> = entries.iter().filter(constant).collect();
+        let files: Vec<_> = entries.iter().map(|(inode, _)| inode.as_fd()).collect();
+        if files.is_empty() {
+            return;
+        }
+        let Ok(bare) = self.steward.bare(&files) else {
+            return;
+        };
+        for ((_, end), _) in entries.iter().zip(bare).filter(|(_, bare)| *bare) {
+            reply.set_bits(*end, ATTR_NO_XATTR);
+        }
     }
 
     fn attr_out(&self, inode: &Node, reply: &mut Reply<'_>) -> Result<(), Errno> {

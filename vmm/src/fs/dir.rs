@@ -45,19 +45,27 @@ impl Server {
         let _position = handle.lock_position();
         seek(&*handle, SeekFrom::Start(span.offset))?;
         let mut entries = RawDir::new(&*handle, &mut buffer);
+        let mut found = Vec::new();
         while let Some(entry) = entries.next() {
-            match entry.and_then(|entry| self.dir_entry(&inode, &entry, span.size, plus, reply)) {
+            let mut add =
+                |entry| self.dir_entry(&inode, &entry, span.size, plus, reply, &mut found);
+            match entry.and_then(&mut add) {
                 Ok(true) => {}
                 Ok(false) => break,
                 // What is in the answer already stands; the error comes back with the next page.
                 Err(_) if reply.body_len() > 0 => break,
                 Err(errno) => return Err(errno),
             }
+            if found.len() == limits::FS_ASKED {
+                self.mark_bare(&found, reply);
+                found.clear();
+            }
         }
+        self.mark_bare(&found, reply);
         Ok(())
     }
 
-    /// Appends one entry; `false` if it does not fit.
+    /// Appends one entry, and what it found with where its attributes end; `false` if it does not fit.
     fn dir_entry(
         &self,
         dir: &Node,
@@ -65,6 +73,7 @@ impl Server {
         size: usize,
         plus: bool,
         reply: &mut Reply<'_>,
+        found: &mut Vec<(Node, usize)>,
     ) -> Result<bool, Errno> {
         let name = entry.file_name().to_bytes();
         let padded = DIRENT.saturating_add(name.len()).next_multiple_of(8);
@@ -80,7 +89,10 @@ impl Server {
         if plus {
             // Node 0 is "look it up yourself": for `.` and `..`, and where there is no room to hold more.
             match Name::new(entry.file_name()).and_then(|name| self.child(dir, name)) {
-                Ok((inode, stat)) => self.or_forget(&inode, || self.entry(&inode, &stat, reply))?,
+                Ok((inode, stat)) => {
+                    self.or_forget(&inode, || self.entry(&inode, &stat, reply))?;
+                    found.push((inode, reply.body_len()));
+                }
                 Err(_) => reply.zeros(ENTRY_OUT)?,
             }
         }

@@ -45,6 +45,15 @@ impl<'b> Reply<'b> {
             .try_for_each(|value| self.bytes(&value.to_ne_bytes()))
     }
 
+    /// Sets bits in the number of 32 bits that ends where the body ended when it was `end` bytes long.
+    pub fn set_bits(&mut self, end: usize, bits: u32) {
+        let end = end.saturating_add(OUT_HEADER).min(self.len);
+        let number = self.buffer.get_mut(..end).and_then(|b| b.last_chunk_mut());
+        if let Some(number) = number {
+            *number = (u32::from_ne_bytes(*number) | bits).to_ne_bytes();
+        }
+    }
+
     /// Appends zeros.
     pub fn zeros(&mut self, count: usize) -> Result<(), Errno> {
         self.room(count)?.fill(0);

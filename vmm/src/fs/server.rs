@@ -292,7 +292,11 @@ impl Server {
     fn lookup(&self, node: u64, name: Name<'_>, reply: &mut Reply<'_>) -> Result<(), Errno> {
         let dir = self.inodes.get(node)?;
         match self.child(&dir, name) {
-            Ok((inode, stat)) => self.or_forget(&inode, || self.entry(&inode, &stat, reply)),
+            Ok((inode, stat)) => {
+                self.or_forget(&inode, || self.entry(&inode, &stat, reply))?;
+                self.mark_bare(&[(inode, reply.body_len())], reply);
+                Ok(())
+            }
             // Node 0 is "there is none", to be remembered for as long as the timeout says.
             Err(Errno::NOENT) if !dir.tree.shared && !dir.tree.is_removed() => {
                 reply.u64s(&[0, 0, dir.tree.timeout().as_secs(), 0])?;

@@ -15,7 +15,9 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
 };
 
-use super::message::{HEAD, MESSAGE, Op, Request, parse_answer};
+use crate::limits;
+
+use super::message::{FILES, HEAD, MESSAGE, Op, Request, parse_answer};
 
 /// `count` pairs of sockets: the server's ends and the steward's.
 pub fn channels(count: usize) -> Result<(Vec<OwnedFd>, Vec<OwnedFd>), Errno> {
@@ -69,14 +71,13 @@ impl Steward {
     fn call(
         &self,
         request: &Request<'_>,
-        file: Option<BorrowedFd<'_>>,
+        files: &[BorrowedFd<'_>],
         data: &mut [u8],
     ) -> Result<(u64, usize, Option<OwnedFd>), Errno> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut space = [MaybeUninit::uninit(); FILES];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
-        let files: Vec<BorrowedFd<'_>> = file.into_iter().collect();
-        if !files.is_empty() {
-            ancillary.push(SendAncillaryMessage::ScmRights(&files));
+        if !files.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(files)) {
+            return Err(Errno::INVAL);
         }
         let bytes = request.encode();
         if bytes.len() > MESSAGE {
@@ -132,7 +133,7 @@ impl Steward {
             number: data.len() as u64,
             rest: &[name.to_bytes_with_nul(), value].concat(),
         };
-        let (_, count, _) = self.call(&request, Some(file), data)?;
+        let (_, count, _) = self.call(&request, &[file], data)?;
         Ok(count)
     }
 
@@ -173,6 +174,22 @@ impl Steward {
             .map(drop)
     }
 
+    /// Which of the files, at most [`limits::FS_ASKED`], have no extended attributes: 1 for each that has none.
+    pub fn bare(
+        &self,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<impl Iterator<Item = bool> + use<>, Errno> {
+        let request = Request {
+            op: Op::Bare,
+            flags: 0,
+            number: 0,
+            rest: &[],
+        };
+        let mut data = [0; limits::FS_ASKED];
+        let (_, count, _) = self.call(&request, files, &mut data)?;
+        Ok(data.into_iter().take(count).map(|bare| bare == 1))
+    }
+
     fn ask(
         &self,
         op: Op,
@@ -186,7 +203,7 @@ impl Steward {
             number,
             rest: &[],
         };
-        let (number, _, file) = self.call(&request, file, &mut [])?;
+        let (number, _, file) = self.call(&request, file.as_slice(), &mut [])?;
         Ok((number, file))
     }
 

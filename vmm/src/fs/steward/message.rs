@@ -11,6 +11,7 @@ pub enum Op {
     GetXattr,
     ListXattr,
     RemoveXattr,
+    Bare,
     AddMount,
     RemoveMount,
     Keep,
@@ -19,11 +20,12 @@ pub enum Op {
     Forget,
 }
 
-const OPS: [Op; 10] = [
+const OPS: [Op; 11] = [
     Op::SetXattr,
     Op::GetXattr,
     Op::ListXattr,
     Op::RemoveXattr,
+    Op::Bare,
     Op::AddMount,
     Op::RemoveMount,
     Op::Keep,
@@ -34,6 +36,8 @@ const OPS: [Op; 10] = [
 
 /// Bytes before a request's name and value, and before an answer's data.
 pub const HEAD: usize = 16;
+/// Room for the descriptors of a request.
+pub const FILES: usize = rustix::cmsg_space!(ScmRights(limits::FS_ASKED));
 /// The longest message either way.
 pub const MESSAGE: usize = HEAD + limits::FS_NAME + 1 + limits::FS_XATTR;
 

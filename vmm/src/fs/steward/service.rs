@@ -16,7 +16,7 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
-use super::message::{HEAD, MESSAGE, Op, Request, answer_head};
+use super::message::{FILES, HEAD, MESSAGE, Op, Request, answer_head};
 use crate::fs::namespace::{CONFINED, READ_ONLY};
 use crate::fs::server::fd_path;
 use crate::fs::sys::{self, FileHandle};
@@ -88,7 +88,7 @@ pub fn serve(mut channels: Vec<OwnedFd>) -> Result<(), Errno> {
 impl State {
     /// Takes one request and answers it; false if the channel has come to its end.
     fn answer(&mut self, channel: &OwnedFd, request: &mut [u8], data: &mut [u8]) -> bool {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut space = [MaybeUninit::uninit(); FILES];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let mut parts = [IoSliceMut::new(request)];
         let received = recvmsg(channel, &mut parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC);
@@ -100,10 +100,10 @@ impl State {
             Err(Errno::INTR) => return true,
             Err(_) => return false,
         };
-        let mut file = None;
+        let mut files = Vec::new();
         for message in ancillary.drain() {
-            if let RecvAncillaryMessage::ScmRights(mut descriptors) = message {
-                file = descriptors.next();
+            if let RecvAncillaryMessage::ScmRights(descriptors) = message {
+                files.extend(descriptors);
             }
         }
         if count == 0 {
@@ -111,7 +111,7 @@ impl State {
         }
         let bytes = request.get(..count).unwrap_or_default();
         let result = match whole {
-            true => Request::decode(bytes).and_then(|request| self.act(&request, file, data)),
+            true => Request::decode(bytes).and_then(|request| self.act(&request, &files, data)),
             false => Err(Errno::INVAL),
         };
         let (error, answer) = match result {
@@ -135,10 +135,10 @@ impl State {
     fn act(
         &mut self,
         request: &Request<'_>,
-        file: Option<OwnedFd>,
+        files: &[OwnedFd],
         data: &mut [u8],
     ) -> Result<Answer, Errno> {
-        let file = || file.as_ref().ok_or(Errno::BADF);
+        let file = || files.first().ok_or(Errno::BADF);
         match request.op {
             Op::SetXattr => {
                 let (name, value) = name_and_value(request.rest)?;
@@ -161,6 +161,16 @@ impl State {
                 changes(name)?;
                 removexattr(fd_path(file()?), name)?;
                 Ok(Answer::default())
+            }
+            Op::Bare => {
+                if files.len() > limits::FS_ASKED {
+                    return Err(Errno::INVAL);
+                }
+                for (file, bare) in files.iter().zip(&mut *data) {
+                    // A list with a name in it does not fit.
+                    *bare = (listxattr(fd_path(file), &mut [0; 1]) == Ok(0)).into();
+                }
+                Ok(Answer::data(files.len()))
             }
             Op::AddMount => self.add_mount(file()?, request.flags != 0),
             Op::RemoveMount => {

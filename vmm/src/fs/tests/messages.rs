@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 
-use rustix::fs::{CWD, FileType, Mode, mknodat};
+use rustix::fs::{CWD, FileType, Mode, XattrFlags, mknodat, setxattr};
 use rustix::io::Errno;
 
 use super::super::abi::{ROOT_ID, opcode};
@@ -539,6 +539,47 @@ fn what_nobody_changes_is_read_without_an_open() {
         assert!(!stateless);
         assert_eq!(rig.read(node, 0, 1), Err(Errno::BADF));
         assert_eq!(list(node), Err(Errno::BADF));
+    }
+}
+
+#[test]
+fn what_has_no_attributes_and_gets_none_is_told_so() {
+    let Some(rig) = Rig::start() else { return };
+    let value = XattrFlags::empty();
+    for tree in ["ro", "rw"] {
+        for number in 0..40 {
+            let path = rig.path(&format!("{tree}/{number}"));
+            std::fs::write(&path, "").unwrap();
+            if number == 7 {
+                setxattr(&path, "trusted.overlay.opaque", b"y", value).unwrap();
+            }
+        }
+    }
+    for (tree, constant) in [(c"ro", true), (c"rw", false)] {
+        let tree = rig.tree(tree);
+        for (name, bare) in [(c"6", constant), (c"7", false)] {
+            let entry = rig
+                .named(opcode::LOOKUP, tree, Vec::new(), &[name])
+                .unwrap();
+            assert_eq!(u32_at(&entry, 124) & (1 << 30) != 0, bare);
+        }
+        // More than are asked about at once.
+        let handle = u64_at(&rig.call(opcode::OPENDIR, tree, &[0; 8]).unwrap(), 0);
+        let mut body = u64s(&[handle, 0]);
+        body.extend(u32s(&[64 << 10, 0, 0, 0, 0, 0]));
+        let page = rig.call(opcode::READDIRPLUS, tree, &body).unwrap();
+        let (mut at, mut seen) = (0, 0);
+        while at < page.len() {
+            let len = u32_at(&page, at + 144) as usize;
+            let name = String::from_utf8_lossy(&page[at + 152..at + 152 + len]).into_owned();
+            if let Ok(number) = name.parse::<u32>() {
+                let bare = u32_at(&page, at + 124) & (1 << 30) != 0;
+                assert_eq!(bare, constant && number != 7, "{name}");
+                seen += 1;
+            }
+            at += 128 + (24 + len).next_multiple_of(8);
+        }
+        assert_eq!(seen, 40);
     }
 }
 

@@ -3,9 +3,11 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use rustix::fs::{CWD, Mode, OFlags, StatVfsMountFlags, XattrFlags, fstatvfs, open};
+use rustix::fs::{CWD, Mode, OFlags, StatVfsMountFlags, XattrFlags, fstatvfs, open, setxattr};
 use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
+
+use crate::limits;
 
 use super::super::jail::confine_steward_thread;
 use super::super::namespace::Namespace;
@@ -59,6 +61,39 @@ fn a_mount_is_confined_and_one_in_use_is_not_taken() {
         steward.add_mount(folder.as_fd(), true).unwrap_err(),
         Errno::INVAL
     );
+}
+
+#[test]
+fn files_are_told_apart_by_whether_they_have_attributes() {
+    let Some((steward, dir)) = steward() else {
+        return;
+    };
+    let names = ["plain", "user.a", "trusted.a", "security.capability"];
+    let mut files: Vec<OwnedFd> = names
+        .map(|name| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, "").unwrap();
+            // A capability has a form of its own: none, of version 2.
+            let value = [&[0, 0, 0, 2], &[0; 16][..]].concat();
+            if name != "plain" {
+                setxattr(&path, name, &value, XattrFlags::empty()).unwrap();
+            }
+            path_fd(&path)
+        })
+        .into();
+    files.push(path_fd(&dir.path().join("tree")));
+    let ask = |files: &[OwnedFd]| {
+        let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        steward.bare(&files).map(Iterator::collect::<Vec<_>>)
+    };
+    assert_eq!(ask(&files), Ok(vec![true, false, false, false, true]));
+    assert_eq!(ask(&[]), Ok(vec![]));
+    while files.len() < limits::FS_ASKED {
+        files.push(path_fd(&dir.path().join("plain")));
+    }
+    assert_eq!(ask(&files).unwrap().len(), limits::FS_ASKED);
+    files.push(path_fd(&dir.path().join("plain")));
+    assert_eq!(ask(&files), Err(Errno::INVAL));
 }
 
 #[test]
