@@ -9,13 +9,17 @@ use std::{
     time::Duration,
 };
 
+mod images;
+mod logs;
+
+pub use images::{Image, Mounted};
 use rustix::process::Signal;
 
 use crate::{
-    command::{Invocation, tail},
+    command::Invocation,
     containerd::{self, Containerd, Settings, unmount_below},
     docker::{self, Docker},
-    failure::{Context, Outcome, make_folder, read, skip, write},
+    failure::{Context, Outcome, make_folder, write},
     leaks::{Daemon, Scope},
     network::Network,
     pod::Run,
@@ -32,48 +36,6 @@ pub enum Engine {
     Emulated,
     /// runc: shows that the cases themselves are right.
     Runc,
-}
-
-/// An image of `tests/images`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Image {
-    /// A static busybox.
-    Busybox,
-    /// A Debian base with python3.
-    Python,
-    /// Busybox under 19 layers that replace and remove.
-    Layers,
-    /// Busybox and 50,000 small files.
-    Files,
-    /// Busybox and servers and clients of the network.
-    Net,
-    /// Busybox and fio.
-    Fio,
-    /// Busybox, bash and a Node.js application that listens at 8080.
-    Node,
-    /// Busybox that sleeps: holds a pod of CRI.
-    Pause,
-}
-
-impl Image {
-    /// Name of its tar file, and part of its reference.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Busybox => "busybox",
-            Self::Python => "python",
-            Self::Layers => "layers",
-            Self::Files => "files",
-            Self::Net => "net",
-            Self::Fio => "fio",
-            Self::Node => "node",
-            Self::Pause => "pause",
-        }
-    }
-
-    /// Its reference.
-    pub fn reference(self) -> String {
-        format!("localhost/bulkhead/{}:latest", self.name())
-    }
 }
 
 /// containerd's namespace of what comes through CRI.
@@ -432,92 +394,6 @@ impl Suite {
         self.run(Image::Busybox)
     }
 
-    /// Imports an image unless it is there.
-    pub fn import(&self, image: Image) -> Outcome {
-        self.import_into(image, &self.namespace)
-    }
-
-    /// The same in another namespace of containerd's.
-    pub fn import_into(&self, image: Image, namespace: &str) -> Outcome {
-        let key = (image, namespace.to_owned());
-        if self.imported.borrow().contains(&key) {
-            return Ok(());
-        }
-        let tar = self.tar_of(image)?;
-        self.ctr(["-n", namespace, "image", "import"])
-            .arg(&tar)
-            .limit(self.scale.seconds(120))
-            .output()?
-            .ok()?;
-        self.imported.borrow_mut().insert(key);
-        Ok(())
-    }
-
-    /// An image's tar file.
-    pub fn tar_of(&self, image: Image) -> Outcome<PathBuf> {
-        let name = match image {
-            // Unpacking 50,000 files takes such a host ten minutes.
-            Image::Files if !self.scale.pods_are_cheap() => "few-files",
-            other => other.name(),
-        };
-        let tar = self.images.join(format!("{name}.tar"));
-        match tar.exists() {
-            true => Ok(tar),
-            false => skip(format!("no image {}", tar.display())),
-        }
-    }
-
-    /// Mounts an image's tree on the host; it goes with the value.
-    pub fn mount(&self, image: Image) -> Outcome<Mounted> {
-        self.import(image)?;
-        let key = self.name("view");
-        let folder = self.folder(&key)?;
-        let reference = image.reference();
-        let mount = self.ctr(["image", "mount", &reference]).arg(&folder);
-        mount.output()?.ok()?;
-        let unmount = self.command("umount").arg(&folder);
-        let remove = self.ctr(["snapshot", "rm"]).arg(&folder);
-        // `ctr` keeps it for a day.
-        let lease = self.ctr(["leases", "delete"]).arg(&folder);
-        Ok(Mounted {
-            folder,
-            remove: vec![unmount, remove, lease],
-        })
-    }
-
-    /// Mounts a container's snapshot on the host.
-    pub fn mount_snapshot(&self, container: &str) -> Outcome<Mounted> {
-        let folder = self.folder(&self.name("snapshot"))?;
-        let words = self.ctr(["snapshot", "mounts"]).arg(&folder).arg(container);
-        let command = words.output()?.ok()?.text();
-        Invocation::new("sh")
-            .args(["-ec", &command])
-            // The new mount API takes no option of more than 255 bytes, and twenty layers are longer.
-            .env("LIBMOUNT_FORCE_MOUNT2", "always")
-            .output()?
-            .ok()?;
-        Ok(Mounted {
-            folder,
-            remove: Vec::new(),
-        })
-    }
-
-    /// A busybox tree in a folder on the host.
-    pub fn rootfs(&self) -> Outcome<PathBuf> {
-        if let Some(folder) = self.rootfs.get() {
-            return Ok(folder.clone());
-        }
-        let mounted = self.mount(Image::Busybox)?;
-        let folder = self.data.join("rootfs");
-        let copy = self
-            .command("cp")
-            .arg("-a")
-            .arg(&mounted.folder)
-            .arg(&folder);
-        copy.output()?.ok()?;
-        Ok(self.rootfs.get_or_init(|| folder).clone())
-    }
-
     /// Output of a command that many cases look at, run once.
     pub fn once(&self, run: impl FnOnce() -> Outcome<String>) -> Outcome<&str> {
         if let Some(kept) = self.probe.get() {
@@ -608,42 +484,6 @@ impl Suite {
         let _ = self.configure("");
     }
 
-    /// Keeps the logs in the state folders, which are about to go.
-    pub fn save_logs(&self) {
-        let mut text = self.saved.borrow_mut();
-        for entry in fs::read_dir(self.state()).into_iter().flatten().flatten() {
-            for file in ["vmm.log", "fs.log", "exit.json"] {
-                let path = entry.path().join(file);
-                let body = read(&path).unwrap_or_default().replace("\\n", "\n");
-                add_log(&mut text, &path.to_string_lossy(), &body);
-            }
-        }
-    }
-
-    /// The ends of every log since `since`: what a person needs who reads a failure.
-    pub fn logs(&self, since: usize) -> String {
-        self.save_logs();
-        let mut text = self.saved.take();
-        if let Ok(body) = read(self.run.join("main/containerd.log")) {
-            let body = body.get(since..).unwrap_or(&body);
-            add_log(&mut text, "containerd and shims", body);
-        }
-        text
-    }
-
-    /// Drops what [`save_logs`](Self::save_logs) kept.
-    pub fn forget_logs(&self) {
-        self.saved.take();
-    }
-
-    /// Length of containerd's log, for [`logs`](Self::logs).
-    pub fn log_mark(&self) -> usize {
-        fs::metadata(self.run.join("main/containerd.log"))
-            .ok()
-            .and_then(|m| usize::try_from(m.len()).ok())
-            .unwrap_or(0)
-    }
-
     /// How long an end that nobody waits for may take.
     pub fn settle(&self) -> Duration {
         self.scale.seconds(3)
@@ -692,12 +532,6 @@ fn remove_cgroups(folder: &Path) {
     let _ = fs::remove_dir(folder);
 }
 
-fn add_log(text: &mut String, title: &str, body: &str) {
-    if !body.trim().is_empty() {
-        text.push_str(&format!("--- {title}\n{}\n", tail(body, 3000).trim_end()));
-    }
-}
-
 /// Restores the configuration at its end.
 #[derive(Debug)]
 pub struct Configured<'a>(&'a Suite);
@@ -705,24 +539,6 @@ pub struct Configured<'a>(&'a Suite);
 impl Drop for Configured<'_> {
     fn drop(&mut self) {
         let _ = self.0.configure("");
-    }
-}
-
-/// A tree mounted on the host; unmounted at its end.
-#[derive(Debug)]
-pub struct Mounted {
-    /// Where.
-    pub folder: PathBuf,
-    remove: Vec<Invocation>,
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        for command in self.remove.drain(..) {
-            let _ = command.output();
-        }
-        unmount_below(&self.folder);
-        let _ = fs::remove_dir(&self.folder);
     }
 }
 
