@@ -27,7 +27,7 @@ const DESCRIPTORS_MAX: u64 = 1 << 20;
 const TAG: &str = "pod";
 
 /// Of a file that is read from beginning to end, in KiB.
-const READ_AHEAD_KIB: &str = "512";
+const READ_AHEAD_KIB: &str = "256";
 
 /// Does all of it.
 pub fn boot() -> Result<()> {
