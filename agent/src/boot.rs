@@ -1,6 +1,6 @@
 //! What the machine needs before the agent can serve: mounts, cgroups, loopback.
 
-use std::{fs, io, os::linux::fs::MetadataExt, path::Path};
+use std::{fs, io, path::Path};
 
 use rustix::{
     io::Errno,
@@ -25,9 +25,6 @@ const DESCRIPTORS_MAX: u64 = 1 << 20;
 
 /// virtio-fs tag of the trees.
 const TAG: &str = "pod";
-
-/// Of a file that is read from beginning to end, in KiB.
-const READ_AHEAD_KIB: &str = "256";
 
 /// Does all of it.
 pub fn boot() -> Result<()> {
@@ -76,22 +73,11 @@ pub fn boot() -> Result<()> {
     fs::create_dir_all(TREES).step(|| format!("make {TREES}"))?;
     rustix::mount::mount(TAG, TREES, "virtiofs", none, None)
         .step(|| format!("mount virtio-fs tag \"{TAG}\" on {TREES}"))?;
-    read_ahead()?;
     // What a CPU holds back of free pages the host does not get back: 0.5 MiB in place of 3.
     let fraction = "/proc/sys/vm/percpu_pagelist_high_fraction";
     fs::write(fraction, "1000").step(|| format!("write {fraction}"))?;
     sys::loopback_up().step(|| "bring loopback up".into())?;
     rustix::system::sethostname(b"bulkhead").step(|| "set the hostname".into())
-}
-
-/// A request costs the same whatever it reads, and the kernel would read 128 KiB ahead.
-fn read_ahead() -> Result<()> {
-    let id = fs::metadata(TREES)
-        .step(|| format!("look at {TREES}"))?
-        .st_dev();
-    let (major, minor) = (rustix::fs::major(id), rustix::fs::minor(id));
-    let knob = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
-    fs::write(&knob, READ_AHEAD_KIB).step(|| format!("write {knob}"))
 }
 
 /// Puts a bind mount of the initramfs above it: `pivot_root` does not work on the initial root itself.
