@@ -156,7 +156,7 @@ impl End {
         if let Ok(end) = Self::read_file(&dir.join("exit.json")) {
             return end;
         }
-        let log = last_line(&dir.join("vmm.log"));
+        let log = last_word(&dir.join("vmm.log"));
         let detail = match status {
             Ok(status) => match (status.signal(), status.code()) {
                 (Some(libc::SIGSYS), _) => {
@@ -243,8 +243,9 @@ pub fn is_shown(c: char) -> bool {
         && !matches!(c, '\u{200e}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
-/// The last line of a log, in parentheses.
-pub(super) fn last_line(file: &Path) -> String {
+/// The last error in a log, or its last line if there is none, in parentheses. Of two processes that write, the one that failed
+/// need not be the last.
+pub(super) fn last_word(file: &Path) -> String {
     let Ok(mut file) = fs::File::open(file) else {
         return String::new();
     };
@@ -253,8 +254,11 @@ pub(super) fn last_line(file: &Path) -> String {
     let mut text = Vec::new();
     let _ = (&mut file).take(EXIT_JSON).read_to_end(&mut text);
     let text = String::from_utf8_lossy(&text);
-    text.lines()
-        .rfind(|l| !l.trim().is_empty())
+    let mut lines = text.lines().rev().filter(|l| !l.trim().is_empty());
+    let last = lines.clone().next();
+    lines
+        .find(|l| l.contains(" ERROR "))
+        .or(last)
         .map(|l| format!("({})", printable(l, 300)))
         .unwrap_or_default()
 }
@@ -262,6 +266,23 @@ pub(super) fn last_line(file: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_last_error_is_the_last_word_and_else_the_last_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("log");
+        assert_eq!(last_word(&log), "");
+        for (text, word) in [
+            ("T INFO one\nT WARN two\n\n", "(T WARN two)"),
+            (
+                "T ERROR one\nT ERROR two\nT INFO serving\n",
+                "(T ERROR two)",
+            ),
+        ] {
+            fs::write(&log, text).unwrap();
+            assert_eq!(last_word(&log), word);
+        }
+    }
 
     #[test]
     fn machine_json_has_the_documented_keys_and_no_others() {

@@ -544,7 +544,7 @@ async fn watch_helpers(
         end.detail = "bulkhead-fs ended".into();
     }
     if end.reason == FILE_SERVER_DIED {
-        let why = machine::last_line(&dir.join("fs.log"));
+        let why = machine::last_word(&dir.join("fs.log"));
         end.detail = format!("{} {why}", end.detail).trim_end().into();
     }
     if !end.is_orderly()
