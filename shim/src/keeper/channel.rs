@@ -167,7 +167,8 @@ pub fn receive(
     let received = loop {
         let mut data = [IoSliceMut::new(&mut buffer)];
         match recvmsg(channel, &mut data, &mut control, flags) {
-            Err(rustix::io::Errno::INTR) => {}
+            // A peer that ended and left something unread: told once, and before what it has said.
+            Err(rustix::io::Errno::INTR | rustix::io::Errno::CONNRESET) => {}
             Err(rustix::io::Errno::AGAIN) if !wait => return Ok(None),
             other => break other?.bytes,
         }
@@ -191,6 +192,18 @@ mod tests {
     use std::os::fd::AsFd;
 
     use super::*;
+
+    #[test]
+    fn what_was_said_is_heard_though_the_peer_left_something_unread() {
+        let (ours, theirs) = pair().unwrap();
+        send(ours.as_fd(), &Message::Client, None).unwrap();
+        send(theirs.as_fd(), &Message::End, None).unwrap();
+        drop(theirs);
+        let heard = receive(ours.as_fd(), false).unwrap();
+        assert_eq!(heard.map(|(message, _)| message), Some(Message::End));
+        let end = receive(ours.as_fd(), false).unwrap_err();
+        assert_eq!(end.kind(), io::ErrorKind::UnexpectedEof);
+    }
 
     #[test]
     fn messages_and_descriptors_arrive_and_the_end_is_told() {
