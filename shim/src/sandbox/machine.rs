@@ -255,10 +255,10 @@ pub(super) fn last_word(file: &Path) -> String {
     let _ = (&mut file).take(EXIT_JSON).read_to_end(&mut text);
     let text = String::from_utf8_lossy(&text);
     let mut lines = text.lines().rev().filter(|l| !l.trim().is_empty());
-    let last = lines.clone().next();
     lines
+        .clone()
         .find(|l| l.contains(" ERROR "))
-        .or(last)
+        .or_else(|| lines.next())
         .map(|l| format!("({})", printable(l, 300)))
         .unwrap_or_default()
 }

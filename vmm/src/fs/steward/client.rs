@@ -15,9 +15,8 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
 };
 
-use crate::limits;
-
 use super::message::{FILES, HEAD, MESSAGE, Op, Request, parse_answer};
+use crate::limits;
 
 /// `count` pairs of sockets: the server's ends and the steward's.
 pub fn channels(count: usize) -> Result<(Vec<OwnedFd>, Vec<OwnedFd>), Errno> {
@@ -174,7 +173,7 @@ impl Steward {
             .map(drop)
     }
 
-    /// Which of the files, at most [`limits::FS_ASKED`], have no extended attributes: 1 for each that has none.
+    /// Which of the files, at most [`limits::FS_ASKED`], have no extended attributes, in their order.
     pub fn bare(
         &self,
         files: &[BorrowedFd<'_>],

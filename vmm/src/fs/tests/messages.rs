@@ -2,13 +2,13 @@
 
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 
-use rustix::fs::{CWD, FileType, Mode, XattrFlags, mknodat, setxattr};
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::io::Errno;
 
 use super::super::abi::{ROOT_ID, opcode};
 use super::super::inodes::Limits;
 use super::super::server::Budget;
-use super::rig::{BUDGET, Rig, message, u32_at, u32s, u64_at, u64s};
+use super::rig::{BUDGET, Rig, listed, message, u32_at, u32s, u64_at, u64s, write};
 use crate::limits;
 
 fn create(rig: &Rig, dir: u64, name: &std::ffi::CStr) -> Result<Vec<u8>, Errno> {
@@ -19,20 +19,6 @@ fn create(rig: &Rig, dir: u64, name: &std::ffi::CStr) -> Result<Vec<u8>, Errno> 
         u32s(&[flags, 0o100644, 0o022, 0]),
         &[name],
     )
-}
-
-fn write(rig: &Rig, node: u64, handle: u64, data: &[u8]) -> Result<Vec<u8>, Errno> {
-    let mut body = u64s(&[handle, 0]);
-    body.extend(u32s(&[
-        u32::try_from(data.len()).unwrap(),
-        0,
-        0,
-        0,
-        libc::O_RDWR.cast_unsigned(),
-        0,
-    ]));
-    body.extend_from_slice(data);
-    rig.call(opcode::WRITE, node, &body)
 }
 
 #[test]
@@ -498,92 +484,6 @@ fn beyond_its_descriptors_the_server_holds_files_by_handle() {
 }
 
 #[test]
-fn what_nobody_changes_is_read_without_an_open() {
-    let Some(rig) = Rig::start() else { return };
-    let (ro, rw) = (rig.tree(c"ro"), rig.tree(c"rw"));
-    std::fs::write(rig.path("rw/file"), "").unwrap();
-    std::fs::create_dir(rig.path("rw/folder")).unwrap();
-    symlink("file", rig.path("ro/link")).unwrap();
-    let lookup = |dir, name| {
-        let entry = rig.named(opcode::LOOKUP, dir, Vec::new(), &[name]).unwrap();
-        (u64_at(&entry, 0), u32_at(&entry, 124) & (1 << 31) != 0)
-    };
-    let (file, stateless) = lookup(ro, c"file");
-    assert!(stateless);
-    assert_eq!(rig.read(file, 0, 100).unwrap(), b"read only");
-    let list = |node| {
-        let mut body = u64s(&[0, 0]);
-        body.extend(u32s(&[1024, 0, 0, 0, 0, 0]));
-        rig.call(opcode::READDIR, node, &body)
-    };
-    assert!(!list(ro).unwrap().is_empty());
-    let mut fsync = u64s(&[0]);
-    fsync.extend(u32s(&[0, 0]));
-    rig.call(opcode::FSYNC, file, &fsync).unwrap();
-    rig.call(opcode::FSYNCDIR, ro, &fsync).unwrap();
-    let mut lseek = u64s(&[0, 0]);
-    lseek.extend(u32s(&[libc::SEEK_HOLE.cast_unsigned(), 0]));
-    assert_eq!(
-        u64_at(&rig.call(opcode::LSEEK, file, &lseek).unwrap(), 0),
-        9
-    );
-
-    // Handle 0 is of nothing else: not to write, not what is no file, not where somebody writes.
-    assert_eq!(write(&rig, file, 0, b"x"), Err(Errno::BADF));
-    assert_eq!(rig.call(opcode::RELEASE, file, &[0; 24]), Err(Errno::BADF));
-    assert_eq!(rig.read(lookup(ro, c"link").0, 0, 1), Err(Errno::LOOP));
-    assert_eq!(rig.read(ro, 0, 1), Err(Errno::ISDIR));
-    assert_eq!(list(file), Err(Errno::NOTDIR));
-    for name in [c"file", c"folder"] {
-        let (node, stateless) = lookup(rw, name);
-        assert!(!stateless);
-        assert_eq!(rig.read(node, 0, 1), Err(Errno::BADF));
-        assert_eq!(list(node), Err(Errno::BADF));
-    }
-}
-
-#[test]
-fn what_has_no_attributes_and_gets_none_is_told_so() {
-    let Some(rig) = Rig::start() else { return };
-    let value = XattrFlags::empty();
-    for tree in ["ro", "rw"] {
-        for number in 0..40 {
-            let path = rig.path(&format!("{tree}/{number}"));
-            std::fs::write(&path, "").unwrap();
-            if number == 7 {
-                setxattr(&path, "trusted.overlay.opaque", b"y", value).unwrap();
-            }
-        }
-    }
-    for (tree, constant) in [(c"ro", true), (c"rw", false)] {
-        let tree = rig.tree(tree);
-        for (name, bare) in [(c"6", constant), (c"7", false)] {
-            let entry = rig
-                .named(opcode::LOOKUP, tree, Vec::new(), &[name])
-                .unwrap();
-            assert_eq!(u32_at(&entry, 124) & (1 << 30) != 0, bare);
-        }
-        // More than are asked about at once.
-        let handle = u64_at(&rig.call(opcode::OPENDIR, tree, &[0; 8]).unwrap(), 0);
-        let mut body = u64s(&[handle, 0]);
-        body.extend(u32s(&[64 << 10, 0, 0, 0, 0, 0]));
-        let page = rig.call(opcode::READDIRPLUS, tree, &body).unwrap();
-        let (mut at, mut seen) = (0, 0);
-        while at < page.len() {
-            let len = u32_at(&page, at + 144) as usize;
-            let name = String::from_utf8_lossy(&page[at + 152..at + 152 + len]).into_owned();
-            if let Ok(number) = name.parse::<u32>() {
-                let bare = u32_at(&page, at + 124) & (1 << 30) != 0;
-                assert_eq!(bare, constant && number != 7, "{name}");
-                seen += 1;
-            }
-            at += 128 + (24 + len).next_multiple_of(8);
-        }
-        assert_eq!(seen, 40);
-    }
-}
-
-#[test]
 fn a_file_held_by_handle_lives_on_unlinked_while_it_is_open() {
     let budget = Budget {
         inodes: Limits {
@@ -629,12 +529,8 @@ fn a_folder_is_listed_page_by_page_with_types() {
             if page.is_empty() {
                 break;
             }
-            let mut at = 0;
-            while at < page.len() {
+            for (at, name) in listed(&page, skip) {
                 let dirent = at + skip;
-                let len = u32_at(&page, dirent + 16) as usize;
-                let name =
-                    String::from_utf8_lossy(&page[dirent + 24..dirent + 24 + len]).into_owned();
                 if skip > 0 && name.starts_with("file") {
                     assert_ne!(u64_at(&page, at), 0);
                     assert_eq!(
@@ -646,7 +542,6 @@ fn a_folder_is_listed_page_by_page_with_types() {
                 }
                 names.push(name);
                 offset = u64_at(&page, dirent + 8);
-                at = dirent + (24 + len).next_multiple_of(8);
             }
         }
         names.sort();

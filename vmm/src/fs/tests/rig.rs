@@ -70,6 +70,34 @@ pub fn u32_at(bytes: &[u8], offset: usize) -> u32 {
     u32::from_ne_bytes(bytes[offset..offset + 4].try_into().unwrap())
 }
 
+/// What a page of READDIR (`skip` 0) or READDIRPLUS (`skip` [`ENTRY_OUT`]) lists: where each entry begins, and its name.
+pub fn listed(page: &[u8], skip: usize) -> Vec<(usize, String)> {
+    let (mut at, mut entries) = (0, Vec::new());
+    while at < page.len() {
+        let dirent = at + skip;
+        let len = u32_at(page, dirent + 16) as usize;
+        let name = String::from_utf8_lossy(&page[dirent + 24..dirent + 24 + len]);
+        entries.push((at, name.into_owned()));
+        at = dirent + (24 + len).next_multiple_of(8);
+    }
+    entries
+}
+
+/// Writes at the beginning.
+pub fn write(rig: &Rig, node: u64, handle: u64, data: &[u8]) -> Result<Vec<u8>, Errno> {
+    let mut body = u64s(&[handle, 0]);
+    body.extend(u32s(&[
+        u32::try_from(data.len()).unwrap(),
+        0,
+        0,
+        0,
+        libc::O_RDWR.cast_unsigned(),
+        0,
+    ]));
+    body.extend_from_slice(data);
+    rig.call(opcode::WRITE, node, &body)
+}
+
 /// A request with a right header.
 pub fn message(unique: u64, (uid, gid): (u32, u32), code: u32, node: u64, body: &[u8]) -> Vec<u8> {
     let mut message = u32s(&[u32::try_from(IN_HEADER + body.len()).unwrap(), code]);
