@@ -290,7 +290,10 @@ pub fn remove_dir(dir: &Path) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::{os::unix::process::CommandExt, process::Command};
+    use std::{
+        io::{BufRead, BufReader},
+        process::{Command, Stdio},
+    };
 
     use super::*;
 
@@ -322,30 +325,22 @@ mod tests {
 
     #[test]
     fn a_session_is_killed_also_when_its_leader_is_gone() {
-        // The shell leads a session, leaves a child in it and ends.
-        let mut command = Command::new("setsid");
-        // A number that no other process of this machine sleeps for.
-        let number = format!("60.0{}", std::process::id());
-        command.args(["sh", "-c", &format!("sleep {number} & exec sleep 61")]);
-        command.process_group(0);
-        let mut child = command.spawn().unwrap();
-        thread::sleep(Duration::from_millis(300));
-        let leader = ProcessId::of(child.id() as i32).unwrap();
-        let members = fs::read_dir("/proc")
-            .unwrap()
-            .flatten()
-            .filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok())
-            .find(|&pid| {
-                fs::read(format!("/proc/{pid}/cmdline"))
-                    .is_ok_and(|c| c == format!("sleep\0{number}\0").as_bytes())
-            });
-        let member = ProcessId::of(members.unwrap()).unwrap();
-        let session = ProcessId {
-            pid: stat(member.pid).unwrap().session,
-            start_time: leader.start_time,
-        };
+        // The shell leads a session, tells of a child that it leaves in it, and ends with its input.
+        let mut shell = Command::new("setsid")
+            .args(["sh", "-c", "sleep 60 & echo $!; read end"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        let mut output = BufReader::new(shell.stdout.take().unwrap());
+        output.read_line(&mut line).unwrap();
+        let member = ProcessId::of(line.trim().parse().unwrap()).unwrap();
+        let session = ProcessId::of(shell.id() as i32).unwrap();
+        assert_eq!(session.session(), [member.pid]);
+        drop(shell.stdin.take());
+        shell.wait().unwrap();
         session.kill_session();
-        child.wait().unwrap();
         assert!(session.wait_gone(Duration::from_secs(2)));
         assert!(!member.is_alive());
     }
