@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 
 /// Where the file is when `BULKHEAD_CONFIG` names no other.
 pub const DEFAULT_PATH: &str = "/etc/bulkhead/config.toml";
+/// Folder of the pods' state folders when the file names no other.
+const DEFAULT_STATE: &str = "/run/bulkhead";
 /// Least memory of a machine in MiB.
 pub const MEMORY_MIN_MIB: u64 = 96;
 /// Most memory of a machine in MiB.
@@ -142,16 +144,53 @@ pub enum Error {
     Exe(#[source] io::Error),
 }
 
+/// The text of the file that `BULKHEAD_CONFIG` names, or of the default one if it exists, and its path.
+fn read() -> Result<(String, PathBuf), Error> {
+    let named = env::var_os("BULKHEAD_CONFIG").map(PathBuf::from);
+    let path = named.clone().unwrap_or_else(|| DEFAULT_PATH.into());
+    match fs::read_to_string(&path) {
+        Ok(text) => Ok((text, path)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound && named.is_none() => {
+            Ok((String::new(), path))
+        }
+        Err(source) => Err(Error::Read { path, source }),
+    }
+}
+
+/// Folder of the pods' state folders. It is all that pods which are there need of the file, so nothing else that is wrong in it keeps
+/// anybody from looking after them: an error is told when a machine is to be made ([`Config::load`]).
+pub fn state() -> PathBuf {
+    let named = read().ok().and_then(|(text, _)| state_in(&text));
+    named.unwrap_or_else(|| DEFAULT_STATE.into())
+}
+
+fn state_in(text: &str) -> Option<PathBuf> {
+    let named = |part: &str| {
+        let value = part.parse::<toml::Table>().ok()?.remove("state")?;
+        Some(PathBuf::from(value.as_str()?))
+    };
+    // Of what is no TOML each line for itself; the key stands before the tables.
+    let mut top = text.lines().take_while(|line| !line.starts_with('['));
+    let path = named(text).or_else(|| top.find_map(named))?;
+    check_state(&path).is_ok().then_some(path)
+}
+
+fn check_state(path: &Path) -> Result<(), String> {
+    if !path.is_absolute() {
+        return Err(format!("{} is not an absolute path", path.display()));
+    }
+    if path.as_os_str().len() > STATE_MAX {
+        return Err(format!(
+            "longer than {STATE_MAX} bytes: socket paths would not fit"
+        ));
+    }
+    Ok(())
+}
+
 impl Config {
     /// Reads the file that `BULKHEAD_CONFIG` names, or the default one if it exists.
     pub fn load() -> Result<Self, Error> {
-        let named = env::var_os("BULKHEAD_CONFIG").map(PathBuf::from);
-        let path = named.clone().unwrap_or_else(|| DEFAULT_PATH.into());
-        let text = match fs::read_to_string(&path) {
-            Ok(text) => text,
-            Err(e) if e.kind() == io::ErrorKind::NotFound && named.is_none() => String::new(),
-            Err(source) => return Err(Error::Read { path, source }),
-        };
+        let (text, path) = read()?;
         let exe = env::current_exe().map_err(Error::Exe)?;
         let beside = exe.parent().unwrap_or(Path::new("/"));
         Self::parse(&text, &path, beside)
@@ -165,7 +204,7 @@ impl Config {
         })?;
         let config = Self {
             engine: file.engine.unwrap_or(Engine::Kvm),
-            state: file.state.unwrap_or_else(|| "/run/bulkhead".into()),
+            state: file.state.unwrap_or_else(|| DEFAULT_STATE.into()),
             kernel: file.kernel.unwrap_or_else(|| beside.join("vmlinux")),
             initramfs: file
                 .initramfs
@@ -187,21 +226,12 @@ impl Config {
     }
 
     fn check(&self) -> Result<(), (&'static str, String)> {
-        for (key, path) in [
-            ("state", &self.state),
-            ("kernel", &self.kernel),
-            ("initramfs", &self.initramfs),
-        ] {
+        for (key, path) in [("kernel", &self.kernel), ("initramfs", &self.initramfs)] {
             if !path.is_absolute() {
                 return Err((key, format!("{} is not an absolute path", path.display())));
             }
         }
-        if self.state.as_os_str().len() > STATE_MAX {
-            return Err((
-                "state",
-                format!("longer than {STATE_MAX} bytes: socket paths would not fit"),
-            ));
-        }
+        check_state(&self.state).map_err(|why| ("state", why))?;
         if self.jail.first_uid == 0 {
             return Err(("jail.first_uid", "0 is root".into()));
         }
@@ -265,6 +295,22 @@ mod tests {
             text.contains("memory") && text.contains("/c.toml"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn the_pods_folder_is_found_whatever_else_is_wrong() {
+        for text in [
+            "state = '/srv/b'\nmemory = 5",
+            "memory_mib = 8\nstate = '/srv/b'",
+            "this is not toml\nstate = '/srv/b'\nengine = ",
+            "[jail]\nrequire = 7\n",
+            "state = 'srv'",
+            "state = 5",
+        ] {
+            parse(text).unwrap_err();
+            let named = text.contains("/srv/b").then(|| "/srv/b".into());
+            assert_eq!(state_in(text), named, "{text}");
+        }
     }
 
     #[test]

@@ -14,7 +14,6 @@ use protobuf::MessageField;
 use crate::{
     args::Args,
     bootstrap::{remove_socket, socket_path},
-    config::Config,
     hooks::Runner,
     sandbox::{
         state::{self, IdError, Owner, ProcessId},
@@ -45,8 +44,8 @@ pub enum Error {
     },
 }
 
-/// The command `delete`.
-pub fn delete(args: &Args, config: &Config) -> Result<DeleteResponse, Error> {
+/// The command `delete`; `state` is the folder of the pods' state folders.
+pub fn delete(args: &Args, state: &Path) -> Result<DeleteResponse, Error> {
     let bundle = match args.bundle.as_str() {
         "" => PathBuf::from("."),
         path => path.into(),
@@ -54,7 +53,7 @@ pub fn delete(args: &Args, config: &Config) -> Result<DeleteResponse, Error> {
     // A bundle that is gone tells nothing: then the id is the pod's.
     let sandbox = spec::sandbox_of(&bundle, &args.id).unwrap_or_default();
     let pod = sandbox.as_deref().unwrap_or(&args.id);
-    let dir = state::pod_dir(&config.state, &args.namespace, pod)?;
+    let dir = state::pod_dir(state, &args.namespace, pod)?;
     let owner = Owner::load(&dir);
     if sandbox.is_some() && owner.is_some_and(|o| o.shim.is_alive()) {
         return Ok(response(None)); // One container of a pod that lives: its shim is in charge.
@@ -109,10 +108,9 @@ mod tests {
 
     use super::*;
 
-    fn setup() -> (tempfile::TempDir, Config, Args, PathBuf) {
+    fn setup() -> (tempfile::TempDir, PathBuf, Args, PathBuf) {
         let dir = tempfile::Builder::new().prefix("b").tempdir().unwrap();
-        let mut config = Config::parse("", Path::new("/c"), Path::new("/o")).unwrap();
-        config.state = dir.path().join("state");
+        let state = dir.path().join("state");
         let bundle = dir.path().join("bundle");
         fs::create_dir(&bundle).unwrap();
         let args = Args {
@@ -121,14 +119,14 @@ mod tests {
             bundle: bundle.display().to_string(),
             ..Args::default()
         };
-        let pod = config.state.join("default-web");
+        let pod = state.join("default-web");
         fs::create_dir_all(&pod).unwrap();
-        (dir, config, args, pod)
+        (dir, state, args, pod)
     }
 
     #[test]
     fn a_dead_shims_processes_and_folder_go_and_a_second_delete_is_no_error() {
-        let (_dir, config, args, pod) = setup();
+        let (_dir, state, args, pod) = setup();
         let mut vmm = Command::new("setsid")
             .args(["sleep", "60"])
             .spawn()
@@ -146,26 +144,26 @@ mod tests {
         }
         .save(&pod)
         .unwrap();
-        let answer = delete(&args, &config).unwrap();
+        let answer = delete(&args, &state).unwrap();
         assert_eq!(
             (answer.exit_status, answer.pid),
             (137, id.pid.unsigned_abs())
         );
         assert!(!pod.exists());
         assert!(!vmm.wait().unwrap().success());
-        assert_eq!(delete(&args, &config).unwrap().exit_status, 137);
+        assert_eq!(delete(&args, &state).unwrap().exit_status, 137);
     }
 
     #[test]
     fn the_next_pod_of_the_same_name_is_left_alone() {
-        let (_dir, config, args, pod) = setup();
+        let (_dir, state, args, pod) = setup();
         let mut shim = Command::new("sleep").arg("60").spawn().unwrap();
         let owner = Owner {
             shim: ProcessId::of(shim.id() as i32).unwrap(),
             bundle: 1,
         };
         owner.save(&pod).unwrap();
-        delete(&args, &config).unwrap();
+        delete(&args, &state).unwrap();
         assert!(pod.exists());
         assert!(shim.try_wait().unwrap().is_none());
         shim.kill().unwrap();
@@ -174,8 +172,8 @@ mod tests {
 
     #[test]
     fn an_id_with_a_slash_is_refused() {
-        let (_dir, config, mut args, _) = setup();
+        let (_dir, state, mut args, _) = setup();
         args.id = "../x".into();
-        assert!(matches!(delete(&args, &config), Err(Error::Id(_))));
+        assert!(matches!(delete(&args, &state), Err(Error::Id(_))));
     }
 }

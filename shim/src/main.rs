@@ -14,9 +14,7 @@ use std::{
 use anyhow::Context as _;
 use bulkhead_shim::{
     args::Args,
-    bootstrap,
-    config::Config,
-    delete,
+    bootstrap, config, delete,
     events::{Publisher, Route},
     features::{self, RUNTIME},
     keeper::{self, Kept, Role},
@@ -64,18 +62,17 @@ fn run() -> anyhow::Result<()> {
     if args.info {
         return Ok(stdout().write_all(&info()?)?);
     }
-    let config = Config::load()?;
     match args.action.as_str() {
         "start" => {
             let answer = bootstrap::start(&args)?;
             Ok(stdout().write_all(answer.as_bytes())?)
         }
         "delete" => {
-            let response = delete::delete(&args, &config)?;
+            let response = delete::delete(&args, &config::state())?;
             Ok(stdout().write_all(&response.write_to_bytes()?)?)
         }
-        "" => keep(&args, config),
-        keeper::SERVE => serve(&args, config, inherited()?),
+        "" => keep(&args),
+        keeper::SERVE => serve(&args, inherited()?),
         other => anyhow::bail!("unknown command {other:?}: there are start and delete"),
     }
 }
@@ -96,10 +93,10 @@ fn inherited() -> anyhow::Result<OwnedFd> {
 }
 
 /// The daemon: the keeper, and as a copy of it the first worker.
-fn keep(args: &Args, config: Config) -> anyhow::Result<()> {
+fn keep(args: &Args) -> anyhow::Result<()> {
     match keeper::run(args, inherited()?) {
         Ok(Role::Over) => Ok(()),
-        Ok(Role::Worker(channel)) => serve(args, config, channel),
+        Ok(Role::Worker(channel)) => serve(args, channel),
         Err(error) => {
             logging::start(args);
             tracing::error!(%error, "the keeper ends");
@@ -109,14 +106,14 @@ fn keep(args: &Args, config: Config) -> anyhow::Result<()> {
 }
 
 /// The worker: serves until containerd says shutdown, or a signal ends the pod.
-fn serve(args: &Args, config: Config, channel: OwnedFd) -> anyhow::Result<()> {
+fn serve(args: &Args, channel: OwnedFd) -> anyhow::Result<()> {
     logging::start(args);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(8)
         .build()?;
     runtime.block_on(async {
-        let served = serve_on(args, config, channel).await;
+        let served = serve_on(args, channel).await;
         if let Err(error) = &served {
             tracing::error!(%error, "the shim ends");
         }
@@ -127,7 +124,7 @@ fn serve(args: &Args, config: Config, channel: OwnedFd) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn serve_on(args: &Args, config: Config, channel: OwnedFd) -> anyhow::Result<()> {
+async fn serve_on(args: &Args, channel: OwnedFd) -> anyhow::Result<()> {
     let (kept, connections) = Kept::receive(channel)?;
     let socket = bootstrap::socket_path(&args.address, &args.namespace, &args.id);
     let events = Publisher::start(
@@ -136,7 +133,7 @@ async fn serve_on(args: &Args, config: Config, channel: OwnedFd) -> anyhow::Resu
     );
     let shutdown = Arc::new(Notify::new());
     let service = Service::new(
-        config,
+        config::state(),
         &args.namespace,
         &args.id,
         events.clone(),

@@ -8,13 +8,10 @@ use std::{
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::{
-    config::Config,
-    sandbox::{
-        control::{self, Client},
-        record::{Record, now},
-        state::{Owner, ProcessId, has_argument},
-    },
+use crate::sandbox::{
+    control::{self, Client},
+    record::{Record, now},
+    state::{Owner, ProcessId, has_argument},
 };
 
 /// Why a pod cannot be told.
@@ -85,7 +82,7 @@ impl State {
 /// A process of a pod.
 #[derive(Clone, Debug, Serialize)]
 pub struct Process {
-    /// `shim`, `vmm`, `fs` or `emulator`.
+    /// `keeper`, `shim`, `vmm`, `fs`, `fs-steward` or `emulator`.
     pub name: &'static str,
     /// On the host.
     pub pid: i32,
@@ -210,15 +207,15 @@ fn running(dir: &Path, record: Option<&Record>) -> State {
     }
 }
 
-/// All pods, by name.
-pub fn all(config: &Config) -> Result<Vec<Pod>, Error> {
-    let folders = match fs::read_dir(&config.state) {
+/// All pods of the folder `state`, by name.
+pub fn all(state: &Path) -> Result<Vec<Pod>, Error> {
+    let folders = match fs::read_dir(state) {
         Ok(folders) => folders,
         // No pod was ever here.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(source) => {
             return Err(Error::Read {
-                path: config.state.clone(),
+                path: state.to_owned(),
                 source,
             });
         }
@@ -233,8 +230,8 @@ pub fn all(config: &Config) -> Result<Vec<Pod>, Error> {
 }
 
 /// The pod that is meant by `namespace/id`, by an id, or by the beginning of either that no other has.
-pub fn find(config: &Config, name: &str) -> Result<Pod, Error> {
-    let mut pods = all(config)?;
+pub fn find(state: &Path, name: &str) -> Result<Pod, Error> {
+    let mut pods = all(state)?;
     let names: Vec<String> = pods.iter().map(Pod::name).collect();
     let at = choose(&names, name)?;
     Ok(pods.swap_remove(at))
@@ -319,15 +316,14 @@ mod tests {
     #[test]
     fn a_folder_without_processes_is_a_leftover_and_a_state_without_folder_is_empty() {
         let dir = tempfile::tempdir().unwrap();
-        let mut config = Config::parse("", Path::new("/c"), Path::new("/o")).unwrap();
-        config.state = dir.path().join("state");
-        assert!(all(&config).unwrap().is_empty());
-        fs::create_dir_all(config.state.join("default-web")).unwrap();
-        fs::write(config.state.join("file"), "").unwrap();
-        let pods = all(&config).unwrap();
+        let state = dir.path().join("state");
+        assert!(all(&state).unwrap().is_empty());
+        fs::create_dir_all(state.join("default-web")).unwrap();
+        fs::write(state.join("file"), "").unwrap();
+        let pods = all(&state).unwrap();
         assert_eq!(pods.len(), 1);
         assert_eq!(pods[0].state, State::Leftover);
         assert_eq!(pods[0].name(), "default-web");
-        assert!(find(&config, "default-w").unwrap().must_run().is_err());
+        assert!(find(&state, "default-w").unwrap().must_run().is_err());
     }
 }

@@ -16,7 +16,6 @@ use super::{
     timeline::Timeline,
     uplink, wipe,
 };
-use crate::config::Config;
 
 impl Pod {
     /// Notes that the machine is ready, and what another shim would have to know.
@@ -38,14 +37,14 @@ impl Pod {
         });
     }
 
-    /// The pod `namespace`/`id` that another shim has left; none if there is no machine that was ready.
+    /// The pod `namespace`/`id` in the folder `state` that another shim has left; none if there is no machine that was ready.
     pub async fn adopt(
-        config: &Config,
+        state: &Path,
         namespace: &str,
         id: &str,
         timeline: Arc<Timeline>,
     ) -> Result<Option<(Arc<Self>, Ready)>, Error> {
-        let dir = state::pod_dir(&config.state, namespace, id)?;
+        let dir = state::pod_dir(state, namespace, id)?;
         let record = match Record::load(&dir) {
             Ok(record) => Some(record),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
@@ -61,8 +60,8 @@ impl Pod {
     }
 
     /// Removes what is left of a pod that was being removed.
-    pub async fn remove(config: &Config, namespace: &str, id: &str) -> Result<(), Error> {
-        let dir = state::pod_dir(&config.state, namespace, id)?;
+    pub async fn remove(state: &Path, namespace: &str, id: &str) -> Result<(), Error> {
+        let dir = state::pod_dir(state, namespace, id)?;
         let wiped = tokio::task::spawn_blocking(move || wipe(&dir).map_err(state_error(&dir)));
         wiped.await.unwrap_or(Ok(()))
     }

@@ -60,10 +60,10 @@ impl Shared {
                 let mut state = self.state();
                 (state.over, state.last) = (true, Some(record));
             }
-            return Pod::remove(&self.config, &self.namespace, &self.pod_id).await;
+            return Pod::remove(&self.pods, &self.namespace, &self.pod_id).await;
         }
         let timeline = self.timeline.clone();
-        let found = Pod::adopt(&self.config, &self.namespace, &self.pod_id, timeline).await?;
+        let found = Pod::adopt(&self.pods, &self.namespace, &self.pod_id, timeline).await?;
         let Some((pod, ready)) = found else {
             tracing::info!("there was no machine yet");
             return Ok(());

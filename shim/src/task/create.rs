@@ -25,6 +25,7 @@ use super::{
     record::Record,
 };
 use crate::{
+    config::Config,
     hooks::{self, Runner},
     mounts::{Plan, Tree},
     refusal::unsupported,
@@ -198,15 +199,16 @@ impl Shared {
             return Err(unsupported("linux.namespaces", why).into());
         }
         self.forget_last();
-        sandbox::preflight(&self.config).await?;
-        let sizing = spec.sizing(&self.config, Host::this())?;
+        let config = Config::load()?;
+        sandbox::preflight(&config).await?;
+        let sizing = spec.sizing(&config, Host::this())?;
         let network = match spec.network() {
             Some(path) => Namespace::for_pod(path)?,
             None => Namespace::fresh()
                 .map_err(|e| sandbox::Error::from(network::Error::Namespace(e)))?,
         };
         let (pod, ready) = Pod::start(
-            &self.config,
+            &config,
             &self.namespace,
             &self.pod_id,
             bundle,

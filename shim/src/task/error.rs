@@ -3,7 +3,7 @@
 use ttrpc::Code;
 
 use crate::{
-    hooks,
+    config, hooks,
     limits::AGENT_TEXT,
     mounts,
     refusal::Refusal,
@@ -14,6 +14,9 @@ use crate::{
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// The configuration.
+    #[error(transparent)]
+    Config(#[from] config::Error),
     /// The bundle's spec.
     #[error(transparent)]
     Spec(#[from] spec::Error),
@@ -94,7 +97,7 @@ impl Error {
                 Code::FAILED_PRECONDITION
             }
             Self::Pod(sandbox::Error::NotReady(_)) => Code::DEADLINE_EXCEEDED,
-            Self::Pod(sandbox::Error::NoAgent) => Code::FAILED_PRECONDITION,
+            Self::Config(_) | Self::Pod(sandbox::Error::NoAgent) => Code::FAILED_PRECONDITION,
             Self::Pod(sandbox::Error::File { .. }) => Code::FAILED_PRECONDITION,
             Self::Pod(_) | Self::Hook(_) | Self::Encode(_) => Code::INTERNAL,
             Self::NotFound(_) | Self::Finished(_) => Code::NOT_FOUND,

@@ -17,6 +17,7 @@ pub mod stats;
 
 use std::{
     collections::{HashMap, HashSet},
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
@@ -47,7 +48,6 @@ use self::{
     record::Record,
 };
 use crate::{
-    config::Config,
     events::Publisher,
     keeper::{self, Kept},
     mounts::{Table, Tree},
@@ -71,7 +71,8 @@ pub struct Service(Arc<Shared>);
 
 /// What the calls share.
 pub struct Shared {
-    config: Config,
+    /// Folder of the pods' state folders.
+    pods: PathBuf,
     namespace: String,
     pod_id: String,
     events: Publisher,
@@ -104,9 +105,9 @@ pub fn now() -> Timestamp {
 }
 
 impl Service {
-    /// The service of the pod `namespace`/`pod_id`; `shutdown` is notified when the shim shall end.
+    /// The service of the pod `namespace`/`pod_id`, whose state folder is in `pods`; `shutdown` is notified when the shim shall end.
     pub fn new(
-        config: Config,
+        pods: PathBuf,
         namespace: &str,
         pod_id: &str,
         events: Publisher,
@@ -114,7 +115,7 @@ impl Service {
         kept: Kept,
     ) -> Self {
         Self(Arc::new(Shared {
-            config,
+            pods,
             namespace: namespace.into(),
             pod_id: pod_id.into(),
             events,

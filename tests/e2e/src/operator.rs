@@ -38,7 +38,8 @@ pub const TESTS: &[Test] = &[
     .fast_host(),
 ];
 
-fn bulkhead(suite: &Suite, args: &[&str]) -> Invocation {
+/// The operator's command on the suite's pods.
+pub fn bulkhead(suite: &Suite, args: &[&str]) -> Invocation {
     Invocation::new(suite.dist.join("bulkhead"))
         .args(args)
         .env("BULKHEAD_CONFIG", suite.config())

@@ -9,7 +9,7 @@ use bulkhead_harness::{
 };
 use rustix::process::Signal;
 
-use crate::{network::until, survival};
+use crate::{network::until, operator::bulkhead, survival};
 
 const BUSYBOX: &[Image] = &[Image::Busybox];
 
@@ -34,6 +34,11 @@ pub const TESTS: &[Test] = &[
     ),
     test!(
         survival::pod_ends_when_nothing_is_left_to_take_over,
+        BUSYBOX,
+        MACHINES
+    ),
+    test!(
+        survival::an_error_in_the_configuration_stops_new_pods_alone,
         BUSYBOX,
         MACHINES
     ),
@@ -234,6 +239,29 @@ fn pod_of_cri_keeps_its_connections_and_containers(suite: &Suite) -> Outcome {
     })?;
     ensure_eq!("its start", pod.status(&server)?.started_at, began);
     pod.end()
+}
+
+fn an_error_in_the_configuration_stops_new_pods_alone(suite: &Suite) -> Outcome {
+    let pod = suite
+        .busybox()
+        .sh("trap 'exit 9' TERM; sleep 1000 & wait")
+        .detach()?;
+    {
+        let _configured = suite.configured("this is not toml")?;
+        kill(suite, &pod, Signal::KILL)?;
+        ensure_eq!("a new exec", pod.sh("echo on")?, "on");
+        let text = bulkhead(suite, &["list"]).output()?.ok()?.text();
+        ensure!(text.contains(pod.name()), "{text}");
+        let refused = suite.busybox().args(&["true"]).output()?;
+        refused.refused(&["config.toml"])?;
+        pod.kill("SIGTERM")?.ok()?;
+        ensure_eq!("exit status", pod.delete()?, 9);
+    }
+    // What is left of a pod whose shim is gone goes by `delete`, which is another process.
+    let pod = suite.busybox().sh("sleep 1000").detach()?;
+    let _configured = suite.configured("memory_mib = 8")?;
+    pod.command("bulkhead-keeper")?.signal(Signal::KILL)?;
+    pod.delete_by_force()
 }
 
 fn pod_ends_when_nothing_is_left_to_take_over(suite: &Suite) -> Outcome {

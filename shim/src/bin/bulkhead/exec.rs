@@ -3,7 +3,7 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use bulkhead_shim::{
-    config::Config,
+    config,
     operator::{pods, shell},
 };
 
@@ -24,7 +24,7 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let pod = pods::find(&Config::load()?, &args.pod)?;
+    let pod = pods::find(&config::state(), &args.pod)?;
     let status = shell::run(&pod, args.command.clone(), args.busybox.as_deref())?;
     Ok(ExitCode::from(u8::try_from(status).unwrap_or(u8::MAX)))
 }

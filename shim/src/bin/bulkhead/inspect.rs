@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use bulkhead_shim::{config::Config, operator::pods, sandbox::machine::is_shown};
+use bulkhead_shim::{config, operator::pods, sandbox::machine::is_shown};
 
 use super::print;
 
@@ -15,7 +15,7 @@ pub struct Args {
 
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     // Namespace and id may also be two arguments.
-    let pod = pods::find(&Config::load()?, &args.pod.join("/"))?;
+    let pod = pods::find(&config::state(), &args.pod.join("/"))?;
     let report = pod.inspect()?;
     print(&format!(
         "{}\n",

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use bulkhead_shim::{
-    config::Config,
+    config,
     operator::{pods, table},
 };
 
@@ -20,7 +20,7 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let pods = pods::all(&Config::load()?)?;
+    let pods = pods::all(&config::state())?;
     let text = if args.json {
         format!("{}\n", serde_json::to_string_pretty(&pods)?)
     } else if args.quiet {

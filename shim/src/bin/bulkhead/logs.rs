@@ -3,7 +3,7 @@
 use std::{io, process::ExitCode};
 
 use bulkhead_shim::{
-    config::Config,
+    config,
     operator::{logs::Logs, pods},
 };
 
@@ -17,7 +17,7 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let pod = pods::find(&Config::load()?, &args.pod)?;
+    let pod = pods::find(&config::state(), &args.pod)?;
     let mut out = io::stdout().lock();
     let mut logs = Logs::of(&pod);
     logs.write_new(&mut out)?;

@@ -161,7 +161,7 @@ fn config(facts: &Facts) -> String {
         _ => ("kvm", ""),
     };
     format!(
-        "# Bulkhead's configuration. Keys: docs/operations.md.\n{comment}engine = \"{engine}\"\n"
+        "# Bulkhead's configuration. Keys: docs/architecture.md, \"Configuration\".\n{comment}engine = \"{engine}\"\n"
     )
 }
 
