@@ -5,6 +5,7 @@ use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
+use std::time::Duration;
 
 use rustix::cmsg_space;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -18,6 +19,9 @@ use serde::Deserialize;
 use super::server::Server;
 use super::trees;
 use crate::limits;
+
+/// How long nobody is served after a connection could not be accepted.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
 #[derive(Debug, Deserialize)]
 #[serde(tag = "op", rename_all = "lowercase", deny_unknown_fields)]
@@ -86,14 +90,17 @@ pub fn serve(server: &Server, listener: &UnixListener, workers: &OwnedFd) -> Res
         let mut ready = ready.iter().copied();
         connections
             .retain_mut(|connection| !ready.next().unwrap_or(false) || connection.receive(server));
-        if *arriving
-            && let Ok(socket) = accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)
-        {
-            connections.push(Connection {
+        if !*arriving {
+            continue;
+        }
+        match accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+            Ok(socket) => connections.push(Connection {
                 socket,
                 line: Vec::new(),
                 descriptors: VecDeque::new(),
-            });
+            }),
+            // Without descriptors it stays ready, and others are to be let go of meanwhile.
+            Err(_) => std::thread::sleep(ACCEPT_AGAIN),
         }
     }
 }

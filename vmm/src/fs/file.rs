@@ -40,7 +40,7 @@ impl Server {
     ) -> Result<(), Errno> {
         // The answer fits or nothing is held.
         reply.room(16)?;
-        let handle = self.handles.insert(inode.inode(), file)?;
+        let handle = self.handles.insert(inode, file)?;
         reply.u64s(&[handle])?;
         reply.u32s(&[flags, 0])
     }
@@ -65,7 +65,7 @@ impl Server {
             FileType::Directory => self.reopen_dir(&inode),
             _ => self.reopen(&inode, OFlags::RDONLY, FileType::RegularFile),
         }?;
-        Ok(Arc::new(Handle::new(inode.inode(), file)))
+        Ok(Arc::new(Handle::new(&inode, file)))
     }
 
     pub(super) fn read(&self, node: u64, span: Span, reply: &mut Reply<'_>) -> Result<(), Errno> {

@@ -7,19 +7,22 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use rustix::io::Errno;
 
 use super::inodes::Inode;
+use super::trees::Tree;
 
-/// An open file or folder.
+/// An open file or folder. It does not hold its inode: the guest may forget that, and has its descriptor counted no more.
 pub struct Handle {
-    inode: Arc<Inode>,
+    node: u64,
+    tree: Arc<Tree>,
     fd: OwnedFd,
     position: Mutex<()>,
 }
 
 impl Handle {
     /// `fd`, opened from `inode`, in no table.
-    pub fn new(inode: Arc<Inode>, fd: OwnedFd) -> Self {
+    pub fn new(inode: &Inode, fd: OwnedFd) -> Self {
         Self {
-            inode,
+            node: inode.id,
+            tree: Arc::clone(&inode.tree),
             fd,
             position: Mutex::new(()),
         }
@@ -59,8 +62,12 @@ impl Handles {
     }
 
     /// Holds `fd`, opened from `inode`, and returns its number, which is never 0.
-    pub fn insert(&self, inode: Arc<Inode>, fd: OwnedFd) -> Result<u64, Errno> {
+    pub fn insert(&self, inode: &Inode, fd: OwnedFd) -> Result<u64, Errno> {
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        // Looked at under the lock: no handle of a tree appears after its removal.
+        if inode.tree.is_removed() {
+            return Err(Errno::STALE);
+        }
         if table.open.len() >= self.limit {
             return Err(Errno::NFILE);
         }
@@ -74,7 +81,7 @@ impl Handles {
     pub fn get(&self, number: u64, node: u64) -> Result<Arc<Handle>, Errno> {
         let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
         match table.open.get(&number) {
-            Some(handle) if handle.inode.id == node => Ok(Arc::clone(handle)),
+            Some(handle) if handle.node == node => Ok(Arc::clone(handle)),
             _ => Err(Errno::BADF),
         }
     }
@@ -91,12 +98,12 @@ impl Handles {
         closed.map(drop).ok_or(Errno::BADF)
     }
 
-    /// Closes the handles of inodes that `gone` picks.
-    pub fn remove_all(&self, gone: impl Fn(&Inode) -> bool) {
+    /// Closes the handles of trees that `gone` picks.
+    pub fn remove_all(&self, gone: impl Fn(&Arc<Tree>) -> bool) {
         let mut closed = Vec::new();
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
         table.open.retain(|_, handle| {
-            let keep = !gone(&handle.inode);
+            let keep = !gone(&handle.tree);
             if !keep {
                 closed.push(Arc::clone(handle));
             }

@@ -56,11 +56,6 @@ impl Node {
         };
         Ok(Self { inode, opened })
     }
-
-    /// The inode to keep.
-    pub fn inode(&self) -> Arc<Inode> {
-        Arc::clone(&self.inode)
-    }
 }
 
 impl Deref for Node {

@@ -381,7 +381,7 @@ impl Server {
 
     /// Forgets all that was found in `tree`.
     pub fn forget_tree(&self, tree: &Arc<Tree>) {
-        self.handles.remove_all(|inode| tree.holds(inode));
+        self.handles.remove_all(|of| Arc::ptr_eq(of, tree));
         self.inodes.remove(|inode| tree.holds(inode));
     }
 

@@ -244,7 +244,13 @@ fn check_id(id: &str) -> Result<(), Error> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+
     use super::*;
+    use crate::fs::abi::ROOT_ID;
+    use crate::fs::handles::Handles;
+    use crate::fs::inodes::{Inodes, Limits};
+    use crate::fs::server::stat;
 
     #[test]
     fn an_id_is_one_plain_name() {
@@ -263,5 +269,28 @@ mod tests {
         for id in ["t1", "a.b_c-D", "...", &"x".repeat(64)] {
             assert!(check_id(id).is_ok(), "{id:?}");
         }
+    }
+
+    #[test]
+    fn what_is_opened_while_its_tree_is_removed_is_not_kept() {
+        let tree = Arc::new(Tree::root());
+        let folder = || OwnedFd::from(File::open("/").unwrap());
+        let limits = Limits {
+            inodes: 1,
+            descriptors: 1,
+        };
+        let inodes = Inodes::new(
+            folder(),
+            &stat(folder()).unwrap(),
+            Arc::clone(&tree),
+            limits,
+        );
+        let node = inodes.get(ROOT_ID).unwrap();
+        let handles = Handles::new(2);
+        assert_eq!(handles.insert(&node, folder()), Ok(1));
+        tree.removed.store(true, Ordering::Release);
+        handles.remove_all(|of| Arc::ptr_eq(of, &tree));
+        assert_eq!(handles.insert(&node, folder()), Err(Errno::STALE));
+        assert_eq!(handles.len(), 0);
     }
 }

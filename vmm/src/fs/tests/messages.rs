@@ -443,6 +443,27 @@ fn a_guest_at_its_limits_is_refused_and_others_names_still_work() {
 }
 
 #[test]
+fn a_file_that_is_open_and_forgotten_has_one_descriptor() {
+    let Some(rig) = Rig::start() else {
+        return;
+    };
+    let rw = rig.tree(c"rw");
+    // A name that no other test's descriptor has.
+    std::fs::write(rig.path("rw/forgotten"), "").unwrap();
+    for _ in 0..50 {
+        let (file, _) = rig.lookup(rw, c"forgotten").unwrap();
+        rig.open(file, libc::O_RDONLY).unwrap();
+        rig.send(&message(7, (0, 0), opcode::FORGET, file, &u64s(&[1])));
+    }
+    // Answered after what was sent before.
+    rig.call(opcode::GETATTR, rw, &[0; 16]).unwrap();
+    let folder = format!("/proc/self/task/{}/fd", rig.thread);
+    let open = std::fs::read_dir(folder).unwrap().flatten();
+    let links = open.filter_map(|fd| std::fs::read_link(fd.path()).ok());
+    assert_eq!(links.filter(|to| to.ends_with("forgotten")).count(), 50);
+}
+
+#[test]
 fn beyond_its_descriptors_the_server_holds_files_by_handle() {
     let budget = Budget {
         inodes: Limits {
