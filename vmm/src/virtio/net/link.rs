@@ -5,6 +5,7 @@
 
 use std::io::{self, Read, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use super::pair::Pair;
 use super::slot::{Link, NetError};
@@ -89,6 +90,8 @@ impl Running {
         let Some(link) = link else {
             return self.start_empty(id);
         };
+        rest(link.set_up);
+        link.set_up = Some(Instant::now());
         let mut queuing = lock(&self.queuing);
         queuing.taps.clone_from(&link.taps);
         for (index, tap) in link.taps.iter().enumerate() {
@@ -180,6 +183,12 @@ fn set_up(tap: &Tap, features: u64, on: bool) -> Result<(), TapError> {
     tap.enable(on)
 }
 
+/// A change of a tap's queues takes a lock that the whole host's network shares: a guest must not hold it all the time.
+fn rest(since: Option<Instant>) {
+    let passed = since.map_or(limits::NET_PAIRS_REST, |since| since.elapsed());
+    std::thread::sleep(limits::NET_PAIRS_REST.saturating_sub(passed));
+}
+
 fn going(served: Result<(), QueueError>) -> bool {
     if let Err(error) = &served {
         tracing::warn!(%error, "net stops");
@@ -223,8 +232,7 @@ fn serve_control(queue: &mut VirtQueue, queuing: &Mutex<Queuing>) -> Result<(), 
         let written = chain.writer().write_all(&[answer]);
         queue.push(chain, u32::from(written.is_ok()))?;
         if lock(queuing).enabled != before {
-            // A change takes a lock that the whole host's network shares: a guest must not hold it all the time.
-            std::thread::sleep(limits::NET_PAIRS_REST);
+            rest(Some(Instant::now()));
             break;
         }
     }

@@ -151,9 +151,6 @@ impl Pair {
             };
             self.waiting = Some(len);
             if !self.deliver(len, queue)? {
-                if queue.enable_kicks()? {
-                    continue;
-                }
                 break;
             }
             self.waiting = None;
@@ -188,7 +185,7 @@ impl Pair {
     }
 
     /// Puts the frame into the guest's buffers (section 5.1.6.4): one chain, or several where the driver merges them.
-    /// `false` if there are too few yet.
+    /// `false` if there are too few yet; then the guest calls when it has more.
     fn deliver(&mut self, len: usize, queue: &mut VirtQueue) -> Result<bool, QueueError> {
         let most = if self.features & feature::MRG_RXBUF != 0 {
             limits::NET_BUFFERS
@@ -199,6 +196,10 @@ impl Pair {
         let mut room = 0usize;
         while room < len && chains.len() < most {
             let Some(chain) = queue.pop()? else {
+                // Before those popped go back: the guest is to call for one more than them.
+                if queue.enable_kicks()? {
+                    continue;
+                }
                 break;
             };
             room = room.saturating_add(chain.writable_len());

@@ -87,6 +87,8 @@ pub(super) struct Link {
     pub rates: Option<Arc<Rates>>,
     pub taps: Vec<Arc<Tap>>,
     pub vhosts: Vec<Vhost>,
+    /// When the taps' queues were set up last.
+    pub set_up: Option<Instant>,
 }
 
 /// See the module.
@@ -220,6 +222,7 @@ impl Slot {
             rates: limited.then(|| Arc::new(Rates::new(rate, Instant::now()))),
             taps: taps.collect::<Result<_, TapError>>()?,
             vhosts: vhosts.collect::<Result<_, _>>()?,
+            set_up: None,
         })
     }
 

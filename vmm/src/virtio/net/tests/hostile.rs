@@ -133,6 +133,45 @@ fn a_guest_without_receive_buffers_costs_no_work_and_still_sends() {
 }
 
 #[test]
+fn buffers_too_small_for_a_frame_cost_no_work_until_more_come() {
+    let id = "small-buffers";
+    let mut rig = Rig::named(id, feature::MRG_RXBUF);
+    let Some(taps) = tap(1) else {
+        return;
+    };
+    rig.slot.attach(attachment(taps, Rate::default())).unwrap();
+    rig.offer_buffers(4, 2048);
+    assert!(rig.is_answered(0));
+    // A device without its driver's buffers but for a few, of 100 bytes each.
+    rig.reset(feature::MRG_RXBUF);
+    rig.offer_buffers(3, 100);
+    let socket = UdpSocket::bind("10.9.8.1:0").unwrap();
+    let payload = [7; 1000];
+    socket.send_to(&payload, "10.9.8.2:7").unwrap();
+    assert!(ticks_at_rest(id) <= 5);
+    for index in 3..20 {
+        let at = RECEIVE_BUFFERS + u64::from(index) * 0x1000;
+        rig.receive.offer_chain(index, &[(at, 100, true)]);
+    }
+    rig.receive.kick();
+    assert!(rig.received(Duration::from_secs(10), |frame| frame.ends_with(&payload)));
+}
+
+#[test]
+fn resets_without_end_leave_the_hosts_network_alone_in_between() {
+    let Some(mut rig) = Rig::start(0, Rate::default()) else {
+        return;
+    };
+    let start = Instant::now();
+    for _ in 0..5 {
+        rig.reset(0);
+    }
+    // The first setting was the attachment's.
+    let least = limits::NET_PAIRS_REST * 5;
+    assert!(start.elapsed() >= least - limits::NET_PAIRS_REST / 2);
+}
+
+#[test]
 fn a_guest_over_its_rate_costs_no_work() {
     let id = "idle-rate";
     let mut rig = Rig::named(id, 0);
