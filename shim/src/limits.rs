@@ -45,6 +45,10 @@ pub const VSOCK_LINE: usize = 128;
 /// Test: `lines_on_the_ready_port_have_an_end`.
 pub const READY_CONNECTIONS: usize = 8;
 
+/// Longest body of a frame of the agent's, in bytes. The longest that is meant lists the processes of a pod, some 150 bytes each.
+/// Test: `a_frame_above_the_cap_ends_the_connection_before_its_body`.
+pub const AGENT_FRAME: usize = 256 << 10;
+
 /// Longest text of the agent's that is passed on, in bytes.
 /// Test: `what_the_agent_says_is_cut_and_has_no_control_characters`.
 pub const AGENT_TEXT: usize = 2000;

@@ -14,6 +14,7 @@ pub mod control;
 mod error;
 mod failure;
 mod files;
+mod frames;
 pub mod growth;
 mod launch;
 pub mod machine;
@@ -48,6 +49,7 @@ use ttrpc::context::{self, Context};
 
 pub use self::error::Error;
 use self::{
+    frames::Capped,
     growth::{Growth, Sizing},
     machine::{End, Size},
     network::{Network, namespace::Namespace, note},
@@ -268,7 +270,7 @@ impl Pod {
         let stream = vsock::connect(&self.vsock(), AGENT_PORT)
             .await
             .map_err(Error::Agent)?;
-        let socket = ttrpc::r#async::transport::Socket::from(stream);
+        let socket = ttrpc::r#async::transport::Socket::new(Capped::new(stream));
         let client = AgentClient::new(ttrpc::r#async::Client::new(socket));
         let _ = self.agent.set(client);
         Ok(())

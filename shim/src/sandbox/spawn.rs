@@ -1,5 +1,5 @@
 //! Starts the pod's helpers: a session of their own (they survive the shim), only the descriptors they are given,
-//! stderr into a log file. The shim's only code between fork and exec.
+//! stderr into a log file.
 
 use std::{
     fs::{File, OpenOptions},

@@ -423,7 +423,8 @@ async fn exit_of(container: &Container, exec_id: &str) -> Exit {
     };
     match passed("exit.wait", waited) {
         Ok(end) => Exit {
-            status: end.exit_status,
+            // The guest's word: wait(2) has no more.
+            status: end.exit_status.min(255),
             at: ago(Duration::from_nanos(end.ended_ago_ns)),
             oom: end.oom_killed,
         },

@@ -80,9 +80,15 @@ async fn forward(pod: &Pod, network: &Network) {
         let failure = match answer {
             Ok(answer) if answer.generation != generation => {
                 generation = answer.generation;
-                open.change(network.namespace(), &places(&answer)).await;
-                sleep(PAUSE).await;
-                continue;
+                let wanted = places(&answer);
+                // It can be large, and the next may be long in coming.
+                drop(answer);
+                if let Some(wanted) = wanted {
+                    open.change(network.namespace(), &wanted).await;
+                    sleep(PAUSE).await;
+                    continue;
+                }
+                format!("more than {FORWARD_PORTS_MAX} ports")
             }
             Ok(_) => "an answer without a change".to_owned(),
             Err(error) => error.to_string(),
@@ -95,15 +101,20 @@ async fn forward(pod: &Pod, network: &Network) {
     }
 }
 
-fn places(answer: &WatchPortsResponse) -> BTreeSet<Place> {
-    let ports = answer.ports.iter().take(FORWARD_PORTS_MAX);
-    ports
+/// None of more than the agent may tell.
+fn places(answer: &WatchPortsResponse) -> Option<BTreeSet<Place>> {
+    if answer.ports.len() > FORWARD_PORTS_MAX {
+        return None;
+    }
+    let places = answer
+        .ports
+        .iter()
         .filter_map(|p| Some((NonZeroU16::new(u16::try_from(p.port).ok()?)?, p)))
         .flat_map(|(port, p)| {
             let v4 = p.ipv4.then_some((port, false));
             v4.into_iter().chain(p.ipv6.then_some((port, true)))
-        })
-        .collect()
+        });
+    Some(places.collect())
 }
 
 /// The sockets that listen.
@@ -259,7 +270,7 @@ mod tests {
 
     use super::*;
 
-    fn answer(ports: &[(u32, bool, bool)]) -> BTreeSet<Place> {
+    fn answer(ports: &[(u32, bool, bool)]) -> Option<BTreeSet<Place>> {
         let mut answer = WatchPortsResponse::new();
         for &(number, ipv4, ipv6) in ports {
             let mut port = ListeningPort::new();
@@ -304,13 +315,19 @@ mod tests {
     }
 
     #[test]
-    fn ports_that_are_none_and_too_many_are_left_out() {
-        assert!(answer(&[(0, true, true), (70_000, true, true)]).is_empty());
-        let both = answer(&[(81, false, true), (80, true, true), (80, true, false)]);
+    fn ports_that_are_none_are_left_out_and_too_many_are_refused() {
+        assert!(
+            answer(&[(0, true, true), (70_000, true, true)])
+                .unwrap()
+                .is_empty()
+        );
+        let both = answer(&[(81, false, true), (80, true, true), (80, true, false)]).unwrap();
         let both: Vec<_> = both.iter().map(|(p, v6)| (p.get(), *v6)).collect();
         assert_eq!(both, [(80, false), (80, true), (81, true)]);
         let many: Vec<_> = (1..1000).map(|port| (port, true, false)).collect();
-        assert_eq!(answer(&many).len(), FORWARD_PORTS_MAX);
+        assert!(answer(&many).is_none());
+        let all = answer(&many[..FORWARD_PORTS_MAX]).unwrap();
+        assert_eq!(all.len(), FORWARD_PORTS_MAX);
     }
 
     #[tokio::test]
@@ -320,7 +337,7 @@ mod tests {
         let path = dir.path().join("vsock.sock");
         let listener = UnixListener::bind(&path).unwrap();
         let mut open = Open::new(path);
-        open.change(&namespace, &answer(&[(8080, true, true)]))
+        open.change(&namespace, &answer(&[(8080, true, true)]).unwrap())
             .await;
         for (ipv6, header) in [
             (false, r#"{"port":8080,"ipv6":false}"#),
@@ -340,7 +357,7 @@ mod tests {
             stream.read_to_string(&mut back).await.unwrap();
             assert_eq!(back, "and back");
         }
-        open.change(&namespace, &answer(&[(9090, true, false)]))
+        open.change(&namespace, &answer(&[(9090, true, false)]).unwrap())
             .await;
         tokio::task::yield_now().await;
         let refused = |port, ipv6| {
@@ -356,7 +373,7 @@ mod tests {
         let namespace = namespace();
         let dir = tempfile::tempdir().unwrap();
         let mut open = Open::new(dir.path().join("vsock.sock"));
-        let wanted = answer(&[(8080, true, false)]);
+        let wanted = answer(&[(8080, true, false)]).unwrap();
         let other = namespace.run(|| std::net::TcpListener::bind(("127.0.0.1", 8080)));
         open.change(&namespace, &wanted).await;
         assert_eq!((open.sockets.len(), &open.missing), (0, &wanted));
@@ -372,7 +389,7 @@ mod tests {
         let path = dir.path().join("vsock.sock");
         let listener = UnixListener::bind(&path).unwrap();
         let mut open = Open::new(path);
-        open.change(&namespace, &answer(&[(8080, true, false)]))
+        open.change(&namespace, &answer(&[(8080, true, false)]).unwrap())
             .await;
         let mut stream = dial(&namespace, 8080, false).unwrap();
         let (mut buffer, guest) = ([0; 10], guest(&listener, "error refused\n"));
@@ -387,7 +404,7 @@ mod tests {
         let path = dir.path().join("vsock.sock");
         let _listener = UnixListener::bind(&path).unwrap();
         let mut open = Open::new(path);
-        open.change(&namespace, &answer(&[(8080, true, false)]))
+        open.change(&namespace, &answer(&[(8080, true, false)]).unwrap())
             .await;
         open.connections.forget_permits(FORWARD_CONNECTIONS_MAX - 1);
         let _first = dial(&namespace, 8080, false).unwrap();
