@@ -5,7 +5,7 @@
 demo: dist images                   ## run a pod and show it
 	tests/demo/run
 
-test: dist images                   ## every test, on both engines
+test: dist images                   ## the tests, on both engines
 	tests/run
 
 soak: dist images                   ## pods come and go for an hour, and nothing grows

@@ -13,7 +13,7 @@ pub struct Args {
     pub publish_binary: String,
     /// Path of the bundle (`delete` only).
     pub bundle: String,
-    /// Socket path to serve on; we are given a listening descriptor instead.
+    /// Accepted and not used: the keeper knows its socket.
     pub socket: String,
     /// More log lines.
     pub debug: bool,
@@ -21,7 +21,7 @@ pub struct Args {
     pub version: bool,
     /// Print the runtime's information as protobuf.
     pub info: bool,
-    /// `start`, `delete` or empty to serve.
+    /// `start`, `delete`, empty for the daemon, or the keeper's word for a worker.
     pub action: String,
 }
 

@@ -78,7 +78,8 @@ pub const NET_SLOTS: usize = 4;
 /// Test: `pairs_of_queues_are_turned_on_by_the_control_queue`.
 pub const NET_PAIRS: usize = 8;
 
-/// Least time between two changes of the number of pairs that a guest uses.
+/// Least time between two changes of the tap's queues that a guest causes: by the number of pairs that it uses, by a reset.
+/// Test: `resets_without_end_leave_the_hosts_network_alone_in_between`.
 pub const NET_PAIRS_REST: std::time::Duration = std::time::Duration::from_millis(50);
 
 /// Largest frame with its header: 64 KiB still to be segmented, two VLAN tags.

@@ -1,7 +1,7 @@
 //! `bulkhead-bench`: Bulkhead beside its peers, in one run and through one containerd; writes JSON, Markdown and one HTML page.
 //!
 //! What is compared takes turns, round by round, and figures are told as ratios of the same round; runc stands twice in
-//! each, so that the noise of the host is seen. Nothing here passes or fails.
+//! each, so that the noise of the host is seen. Nothing here passes or fails but `--short`, which compares with kept figures.
 
 use std::{path::PathBuf, process::ExitCode};
 

@@ -29,7 +29,7 @@ pub struct Scale {
 }
 
 impl Scale {
-    /// What the product promises.
+    /// For a host that is no emulated computer.
     pub const FULL: Self = Self {
         name: "full",
         patience: 1,

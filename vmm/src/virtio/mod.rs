@@ -6,7 +6,7 @@
 //! serve the queues until [`VirtioDevice::reset`].
 //!
 //! Guest bytes enter in two places only: a transport's registers, and [`queue::VirtQueue::pop`], which
-//! checks every descriptor before a device sees it.
+//! checks every descriptor before a device sees it. With vhost-net the host's kernel reads a network device's queues in its place.
 
 pub mod balloon;
 pub mod block;

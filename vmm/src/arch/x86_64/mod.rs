@@ -1,6 +1,6 @@
 //! x86-64: memory map, what the Linux boot protocol asks for, and a vCPU's first state.
 //!
-//! Called by the `kvm` engine alone; the emulator does this for itself.
+//! A vCPU's first state and the tables are the `kvm` engine's alone; the emulator makes its own.
 
 pub mod boot_params;
 pub mod cmdline;
