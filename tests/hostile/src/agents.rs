@@ -39,9 +39,10 @@ attacks! { TESTS:
     frame_of_four_gigabytes: End::Fails(20, &["failed to create shim task"]), nothing;
     answers_that_nobody_asked_for: End::Fails(20, &["failed to create shim task"]), nothing;
     noise_for_frames: End::Fails(20, &["failed to create shim task"]), nothing;
-    error_of_megabytes: End::Fails(15, &["?[2J"]), nothing;
+    long_error: End::Fails(15, &["?[2J"]), nothing;
+    error_of_megabytes: End::Fails(15, &["262144 is the most"]), nothing;
     gone_at_start: End::Fails(15, &["guest-shutdown"]), nothing;
-    end_of_nonsense: End::Fails(15, &["status=4294967295"]), nothing;
+    end_of_nonsense: End::Fails(15, &["status=255"]), nothing;
     answers_and_output_without_end: End::Killed(40), ask;
 }
 

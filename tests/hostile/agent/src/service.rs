@@ -79,8 +79,10 @@ impl Agent for Liar {
         _: &TtrpcContext,
         _: CreateContainerRequest,
     ) -> ttrpc::Result<ProcessResponse> {
-        if self.is("error_of_megabytes") {
-            return Err(refused("\u{1b}[2J\u{202e}no\n".repeat(200_000)));
+        for (attack, lines) in [("long_error", 20_000), ("error_of_megabytes", 200_000)] {
+            if self.is(attack) {
+                return Err(refused("\u{1b}[2J\u{202e}no\n".repeat(lines)));
+            }
         }
         if self.is("create_never_answers") {
             sleep(Duration::from_secs(10_000)).await;
