@@ -54,9 +54,13 @@ pub const PIDS: usize = 256;
 /// Test: `control_lines_and_connections_are_capped`.
 pub const CONTROL_CONNECTIONS: usize = 8;
 
-/// Warnings about one device's registers before it is only counted.
+/// Warnings about one device's registers and failed starts before there are no more.
 /// Test: `warnings_about_registers_end`.
 pub const REGISTER_WARNINGS: u32 = 8;
+
+/// Lines about broken queues, of all devices, before there are no more.
+/// Test: `lines_about_broken_queues_end`.
+pub const BROKEN_QUEUE_WARNINGS: u64 = 64;
 
 /// Requests that a device serves before it looks whether it is to stop: a guest can refill a queue for ever.
 /// Test: `a_reset_does_not_wait_for_a_queue_full_of_requests`.
@@ -100,6 +104,10 @@ pub const NET_WARNINGS: u64 = 16;
 /// Test: `of_a_report_no_more_than_the_cap_is_taken`.
 pub const BALLOON_REPORT_BUFFERS: usize = 32;
 
+/// What a request for random bytes counts for at least.
+/// Test: `requests_for_nothing_are_no_gift_and_a_reset_renews_no_budget`.
+pub const RNG_REQUEST_COST: usize = 64;
+
 /// Random bytes given to the guest for one request.
 /// Test: `a_buffer_is_filled_up_to_the_cap`.
 pub const RNG_REQUEST_BYTES: usize = 4 << 10;
@@ -115,6 +123,14 @@ pub const VSOCK_CONNECTIONS: usize = 4096;
 /// Most of them that the guest asked for: each can hold a buffer, and none but the agent's call is expected.
 /// Test: `a_connection_storm_is_capped`.
 pub const VSOCK_GUEST_CONNECTIONS: usize = 64;
+
+/// Connections that the guest may ask for at once after a rest: the shim does work for each, even if the guest ends it at once.
+/// Test: `connections_that_come_and_go_have_a_rate`.
+pub const VSOCK_CONNECTS_AT_ONCE: u64 = 1024;
+
+/// Connections that the guest may ask for in a second, over time: one for each query to the resolver.
+/// Test: `connections_that_come_and_go_have_a_rate`.
+pub const VSOCK_CONNECTS_PER_SECOND: u64 = 1024;
 
 /// Buffer of one vsock connection towards the host: the credit that a guest gets.
 /// Test: `more_data_than_credit_resets_the_connection`.

@@ -1,5 +1,6 @@
 //! The log of both programs: their stderr, which is a file in the pod's state folder. A guest that causes lines must not
-//! fill the host's disk, so past [`limits::LOG_BYTES`] lines are dropped.
+//! fill the host's disk, so past [`limits::LOG_BYTES`] lines are dropped. Nor must it end a process by a disk that is full:
+//! what cannot be written is dropped too, as whoever were told of it would say so on this same stderr.
 
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -26,13 +27,14 @@ impl<W: Write> Write for Capped<'_, W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let before = self.written.fetch_add(bytes.len(), Ordering::Relaxed);
         if before.saturating_add(bytes.len()) <= limits::LOG_BYTES {
-            self.to.write_all(bytes)?;
+            let _ = self.to.write_all(bytes);
         }
         Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.to.flush()
+        let _ = self.to.flush();
+        Ok(())
     }
 }
 
@@ -53,5 +55,37 @@ mod tests {
         }
         assert!(file.ends_with(b"\n") && file.len() <= limits::LOG_BYTES);
         assert!(file.len() > limits::LOG_BYTES - 40);
+    }
+
+    /// A disk with room for so many bytes more.
+    struct Disk(usize);
+
+    impl Write for Disk {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let len = bytes.len().min(self.0);
+            self.0 -= len;
+            match len {
+                0 => Err(io::ErrorKind::StorageFull.into()),
+                len => Ok(len),
+            }
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Err(io::ErrorKind::StorageFull.into())
+        }
+    }
+
+    #[test]
+    fn a_full_disk_is_no_error() {
+        let written = AtomicUsize::new(0);
+        let mut log = Capped {
+            to: Disk(10),
+            written: &written,
+        };
+        for _ in 0..3 {
+            assert_eq!(log.write(b"WARN line\n+").unwrap(), 11);
+        }
+        log.flush().unwrap();
+        assert_eq!(log.to.0, 0, "what can be written is");
     }
 }

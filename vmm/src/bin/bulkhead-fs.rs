@@ -26,6 +26,8 @@ fn main() -> ExitCode {
     small_pages();
     tracing_subscriber::fmt()
         .with_writer(log::stderr)
+        // They would be printed with `eprintln!`, which panics when the log cannot be written.
+        .log_internal_errors(false)
         .with_ansi(false)
         .with_target(false)
         .init();

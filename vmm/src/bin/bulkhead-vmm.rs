@@ -116,5 +116,7 @@ fn log_to_stderr() {
         .with_ansi(false)
         .with_target(false)
         .with_writer(log::stderr)
+        // They would be printed with `eprintln!`, which panics when the log cannot be written.
+        .log_internal_errors(false)
         .init();
 }

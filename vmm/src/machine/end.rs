@@ -48,7 +48,7 @@ impl EndReason {
 pub struct End {
     /// Why.
     pub reason: EndReason,
-    /// One line for a person.
+    /// One line for a person. Some of it may be the guest's words.
     pub detail: String,
 }
 
@@ -57,7 +57,7 @@ impl End {
     pub fn new(reason: EndReason, detail: impl Into<String>) -> Self {
         Self {
             reason,
-            detail: detail.into(),
+            detail: one_line(&detail.into()),
         }
     }
 
@@ -97,12 +97,26 @@ impl End {
         }
         let record = Record {
             reason: self.reason,
-            detail: &self.detail.replace(['\n', '\r'], " "),
+            detail: &self.detail,
             console: console.tail(limits::CONSOLE_TAIL_BYTES),
             times: readiness.times(),
         };
         file.write(&serde_json::to_vec(&record)?)
     }
+}
+
+/// Without what would end the line where it is read, move about in it or turn it around: a guest must not forge one.
+fn one_line(text: &str) -> String {
+    text.replace(
+        |letter: char| {
+            letter.is_control()
+                || matches!(
+                    letter,
+                    '\u{61c}' | '\u{200e}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
+                )
+        },
+        " ",
+    )
 }
 
 /// `exit.json`, opened while the state folder could be reached. Empty until the end; who reads it waits for the process's end.
@@ -170,6 +184,17 @@ mod tests {
         );
         console.push(b"[    1.0] reboot: Restarting system\n");
         assert_eq!(End::triple_fault(&console).reason, EndReason::GuestShutdown);
+    }
+
+    #[test]
+    fn a_guests_words_stay_in_their_line() {
+        let console = ConsoleRing::new();
+        let panic = "Kernel panic - not syncing: a\rINFO b\u{b}c\x1b[2J\u{85}d\u{202e}e\u{2067}f\u{200f}g\u{2028}h ü\n";
+        console.push(panic.as_bytes());
+        assert_eq!(
+            End::guest_reset(&console).detail,
+            "Kernel panic - not syncing: a INFO b c [2J d e f g h ü"
+        );
     }
 
     #[test]

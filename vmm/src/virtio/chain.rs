@@ -238,6 +238,18 @@ impl ChainWriter<'_> {
     }
 }
 
+impl ChainWriter<'_> {
+    /// Leaves the next `count` bytes as they are.
+    pub fn skip(&mut self, mut count: usize) {
+        while count > 0 {
+            let Some((_, len)) = self.0.take(count) else {
+                return;
+            };
+            count -= len;
+        }
+    }
+}
+
 impl Write for ChainWriter<'_> {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         if data.is_empty() {

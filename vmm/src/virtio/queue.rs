@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress, GuestAddressSpace};
@@ -10,6 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::chain::{Chain, ChainError};
 use super::{GrowingMemory, Interrupt, SharedMemory};
+use crate::limits;
 
 /// The ring itself is broken; the device stops serving this queue until it is reset.
 #[derive(Debug, thiserror::Error)]
@@ -31,12 +32,31 @@ pub enum QueueError {
         /// Index of the descriptor.
         head: u16,
     },
+    /// The available index went back: a device that polls would look again for ever.
+    #[error("queue {index}: what was available was withdrawn")]
+    Withdrawn {
+        /// Which queue.
+        index: u16,
+    },
     /// As many malformed chains one after another as the ring holds: the driver is broken or means harm.
     #[error("queue {index}: nothing but malformed descriptor chains")]
     Malformed {
         /// Which queue.
         index: u16,
     },
+}
+
+/// Logs that a device serves a queue no more. A guest can bring that about for ever, by resets in between, and must not use up
+/// the log: past a number of lines there are no more.
+pub fn log_broken(device: &str, error: &QueueError) {
+    static LINES: AtomicU64 = AtomicU64::new(0);
+    if may_log(&LINES) {
+        tracing::warn!(device, %error, "a queue is served no more");
+    }
+}
+
+fn may_log(lines: &AtomicU64) -> bool {
+    lines.fetch_add(1, Ordering::Relaxed) < limits::BROKEN_QUEUE_WARNINGS
 }
 
 /// A ring in guest memory; addresses are guest-physical.
@@ -67,6 +87,8 @@ pub struct VirtQueue {
     in_flight: Box<[bool]>,
     /// The used index when the guest was last called, or did not want to be.
     notified: u16,
+    /// [`Self::enable_kicks`] saw more, which was not popped yet.
+    more: bool,
 }
 
 impl VirtQueue {
@@ -88,6 +110,7 @@ impl VirtQueue {
             kick,
             interrupt,
             in_flight,
+            more: false,
         }
     }
 
@@ -115,8 +138,13 @@ impl VirtQueue {
             let memory = self.memory();
             let ring = |source| QueueError::Ring { index, source };
             let Some(raw) = self.queue.iter(&*memory).map_err(ring)?.next() else {
+                // An honest driver only adds. Else a device whose rings overlap would poll for ever.
+                if self.more {
+                    return Err(QueueError::Withdrawn { index });
+                }
                 return Ok(None);
             };
+            self.more = false;
             let head = raw.head_index();
             match self.in_flight.get_mut(usize::from(head)) {
                 Some(busy) if !*busy => *busy = true,
@@ -226,9 +254,11 @@ impl VirtQueue {
     /// Asks for kicks again; `true` if buffers came meanwhile and must be popped first.
     pub fn enable_kicks(&mut self) -> Result<bool, QueueError> {
         let index = self.index;
-        self.queue
+        self.more = self
+            .queue
             .enable_notification(&*self.rings)
-            .map_err(|source| QueueError::Ring { index, source })
+            .map_err(|source| QueueError::Ring { index, source })?;
+        Ok(self.more)
     }
 
     /// Where the ring lies and how far it was served, for a kernel that is to go on with it. Nothing may be in flight.
@@ -253,6 +283,7 @@ impl VirtQueue {
         self.queue.set_next_avail(next_available);
         self.queue.set_next_used(used.0);
         self.notified = used.0;
+        self.more = false;
         Ok(())
     }
 
@@ -445,6 +476,32 @@ mod tests {
         let (memory, _, mut device, _) = queue();
         memory.write_obj(1000u16, GuestAddress(0x18002)).unwrap();
         assert!(matches!(device.pop(), Err(QueueError::Ring { .. })));
+    }
+
+    #[test]
+    fn what_is_available_and_then_is_not_breaks_the_ring() {
+        let (memory, mut driver, mut device, _) = queue();
+        driver.offer_chain(0, &[(0x20_0000, 1, false)]);
+        assert!(device.enable_kicks().unwrap());
+        memory.write_obj(0u16, GuestAddress(0x18002)).unwrap();
+        assert!(matches!(device.pop(), Err(QueueError::Withdrawn { .. })));
+        // One that is there is no promise for the next, malformed or not.
+        let (_, mut driver, mut device, _) = queue();
+        for address in [0x20_0000, u64::MAX] {
+            driver.offer_chain(0, &[(address, 1, false)]);
+            assert!(device.enable_kicks().unwrap());
+            while let Some(chain) = device.pop().unwrap() {
+                device.push(chain, 0).unwrap();
+            }
+            assert!(!device.enable_kicks().unwrap());
+        }
+    }
+
+    #[test]
+    fn lines_about_broken_queues_end() {
+        let lines = AtomicU64::new(0);
+        let logged = (0..1000).filter(|_| may_log(&lines)).count();
+        assert_eq!(logged as u64, limits::BROKEN_QUEUE_WARNINGS);
     }
 
     #[test]

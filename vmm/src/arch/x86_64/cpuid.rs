@@ -12,6 +12,8 @@ const EDX1_HTT: u32 = 1 << 28;
 const AMD_ECX_CMP_LEGACY: u32 = 1 << 1;
 const AMD_ECX_SVM: u32 = 1 << 2;
 const AMD_ECX_TOPOLOGY: u32 = 1 << 22;
+/// More performance counters: of the core, of the northbridge, of the last cache.
+const AMD_ECX_COUNTERS: u32 = 1 << 23 | 1 << 24 | 1 << 28;
 
 /// The list for vCPU `id` of `vcpus`, from what KVM supports. `tsc_deadline`: KVM emulates that timer
 /// (it leaves the bit to us).
@@ -49,10 +51,10 @@ pub fn for_vcpu(
             }
             // Thermal and power: the host's business.
             0x6 => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0x4, 0, 0, 0),
-            // Performance counters.
-            0xa => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
+            // Performance counters, Intel's and AMD's.
+            0xa | 0x8000_0022 => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
             0x8000_0001 => {
-                entry.ecx &= !(AMD_ECX_SVM | AMD_ECX_TOPOLOGY);
+                entry.ecx &= !(AMD_ECX_SVM | AMD_ECX_TOPOLOGY | AMD_ECX_COUNTERS);
                 set(&mut entry.ecx, AMD_ECX_CMP_LEGACY, vcpus > 1);
             }
             0x8000_0008 => {
@@ -122,10 +124,15 @@ mod tests {
         let mut host_topology = leaf(0xb);
         host_topology.edx = 31;
         let mut svm = leaf(0x8000_0001);
-        svm.ecx = AMD_ECX_SVM;
+        svm.ecx = AMD_ECX_SVM | AMD_ECX_COUNTERS;
+        let (mut counters, mut amd_counters) = (leaf(0xa), leaf(0x8000_0022));
+        counters.eax = 0x0730_0402;
+        (amd_counters.eax, amd_counters.ebx) = (1, 6);
         let mut kvm = leaf(0x4000_0001);
         kvm.eax = 0xff;
-        CpuId::from_entries(&[zero, one, host_topology, svm, kvm]).unwrap()
+        let amd = [svm, amd_counters];
+        CpuId::from_entries(&[&[zero, one, counters, host_topology, kvm][..], &amd].concat())
+            .unwrap()
     }
 
     fn find(list: &CpuId, function: u32, index: u32) -> kvm_cpuid_entry2 {
@@ -142,6 +149,16 @@ mod tests {
                 assert_eq!(find(&list, 0xb, index).edx, u32::from(id));
             }
             assert_eq!(find(&list, 0xb, 1).eax, 2);
+        }
+    }
+
+    #[test]
+    fn performance_counters_are_hidden() {
+        let list = for_vcpu(&supported(), 0, 1, true).unwrap();
+        assert_eq!(find(&list, 0x8000_0001, 0).ecx & AMD_ECX_COUNTERS, 0);
+        for function in [0xa, 0x8000_0022] {
+            let leaf = find(&list, function, 0);
+            assert_eq!([leaf.eax, leaf.ebx, leaf.ecx, leaf.edx], [0; 4]);
         }
     }
 

@@ -17,7 +17,10 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_bindings::{
+    CpuId, KVM_CAP_PMU_CAPABILITY, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY,
+    KVM_PMU_CAP_DISABLE, kvm_enable_cap, kvm_pit_config,
+};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryError, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -258,7 +261,23 @@ fn create_vm(kvm: &Kvm, config: &MachineConfig) -> Result<VmFd, KvmError> {
         ..Default::default()
     })
     .map_err(kvm_error("create the timer"))?;
+    if pmu_can_be_disabled(kvm) {
+        // Before there is a vCPU. CPUID names no counters, but AMD's first four need no CPUID.
+        let mut cap = kvm_enable_cap {
+            cap: KVM_CAP_PMU_CAPABILITY,
+            ..Default::default()
+        };
+        cap.args[0] = KVM_PMU_CAP_DISABLE.into();
+        vm.enable_cap(&cap)
+            .map_err(kvm_error("take away the performance counters"))?;
+    }
     Ok(vm)
+}
+
+/// Linux has that since 5.18, and not where it has no counters for guests at all.
+fn pmu_can_be_disabled(kvm: &Kvm) -> bool {
+    let can = kvm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into());
+    u32::try_from(can).is_ok_and(|can| can & KVM_PMU_CAP_DISABLE != 0)
 }
 
 /// Puts each device on its page of MMIO with its interrupt line; kicks go by ioeventfd, interrupts by irqfd.

@@ -156,6 +156,22 @@ fn unclaimed_ports_and_addresses_read_as_ones_at_every_width() {
 }
 
 #[test]
+fn a_guest_has_no_performance_counters() {
+    // mov ecx, 0; rdpmc: no interrupt table takes the exception that it is to be.
+    let mut code = vec![0xb9, 0, 0, 0, 0, 0x0f, 0x33];
+    code.extend(reset());
+    let Some(guest) = start(&code, 1, vec![]) else {
+        return;
+    };
+    let counters = std::fs::read_to_string("/sys/module/kvm/parameters/enable_pmu");
+    let has_counters = counters.is_ok_and(|has| has.trim() == "Y");
+    if has_counters && !pmu_can_be_disabled(&host::open().unwrap()) {
+        return eprintln!("skipped: this KVM cannot take them away");
+    }
+    assert_eq!(guest.end().reason, EndReason::GuestTripleFault);
+}
+
+#[test]
 fn the_guest_finds_its_boot_parameters() {
     // cmp dword [rsi + 0x202], "HdrS"; je +2; ud2
     let mut code = vec![0x81, 0xbe, 0x02, 0x02, 0, 0];

@@ -4,7 +4,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::limits;
 use crate::virtio::chain::Chain;
-use crate::virtio::queue::{QueueError, VirtQueue};
+use crate::virtio::queue::{QueueError, VirtQueue, log_broken};
 use crate::virtio::worker::Worker;
 use crate::virtio::{ActivateError, Activation, VirtioDevice};
 
@@ -61,7 +61,7 @@ impl VirtioDevice for Balloon {
             let mut served = queues.iter_mut().enumerate();
             served
                 .try_for_each(|(index, queue)| serve(queue, index == REPORTS))
-                .inspect_err(|error| tracing::warn!(%error, "balloon stops"))
+                .inspect_err(|error| log_broken("balloon", error))
                 .is_ok()
         })?);
         Ok(())

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{Slot, request};
 use crate::limits;
-use crate::virtio::queue::{QueueError, VirtQueue};
+use crate::virtio::queue::{QueueError, VirtQueue, log_broken};
 use crate::virtio::worker::Worker;
 use crate::virtio::{ActivateError, Activation, VirtioDevice};
 
@@ -79,7 +79,7 @@ impl VirtioDevice for Block {
             move || match serve(&mut queue, &slot) {
                 Ok(()) => true,
                 Err(error) => {
-                    tracing::warn!(slot = slot.id(), %error, "block device stops");
+                    log_broken(slot.id(), &error);
                     false
                 }
             },
@@ -121,7 +121,9 @@ mod tests {
     use std::path::Path;
     use std::sync::atomic::Ordering;
 
+    use virtio_queue::{Queue, QueueT};
     use vm_memory::{Bytes, GuestAddress};
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
     use super::super::BlockError;
     use super::*;
@@ -241,6 +243,45 @@ mod tests {
         }
         assert_eq!(std::fs::metadata(&rig.path).unwrap().len(), 2048);
         assert_eq!(rig.request(77, 0, 512, true).0, 2);
+    }
+
+    #[test]
+    fn room_for_more_than_the_largest_request_is_not_filled() {
+        let mut rig = Rig::new(false, true);
+        let fill = |rig: &Rig| {
+            rig.memory
+                .write_slice(&[7; 512], GuestAddress(DATA))
+                .unwrap();
+        };
+        let largest = limits::BLOCK_REQUEST_BYTES as u32;
+        for kind in [0, 1, 4, 8, 77] {
+            fill(&rig);
+            assert_eq!(rig.request(kind, 0, largest + 1, true), (1, 0), "{kind}");
+            assert_eq!((rig.data(0), rig.data(511)), (7, 7), "{kind}");
+        }
+        fill(&rig);
+        assert_eq!(rig.request(77, 0, largest, true), (2, largest + 1));
+        assert_eq!(rig.data(0), 0);
+    }
+
+    #[test]
+    fn rings_that_overlap_are_not_looked_at_for_ever() {
+        let rig = Rig::new(false, true);
+        let mut queue = Queue::new(16).unwrap();
+        queue.set_size(16);
+        queue.set_desc_table_address(Some(0x2_0000), Some(0));
+        // The flags that the device writes are the index that it reads.
+        queue.set_avail_ring_address(Some(0x2_bffe), Some(0));
+        queue.set_used_ring_address(Some(0x2_c000), Some(0));
+        queue.set_ready(true);
+        assert!(queue.is_valid(&*rig.memory));
+        let kick = EventFd::new(EFD_NONBLOCK).unwrap();
+        let memory = rig.memory.clone().into();
+        let mut queue = VirtQueue::new(0, queue, memory, kick, rig.interrupt.clone());
+        assert!(matches!(
+            serve(&mut queue, &rig.slot),
+            Err(QueueError::Withdrawn { .. })
+        ));
     }
 
     #[test]

@@ -22,12 +22,18 @@ const STATUS_UNSUPPORTED: u8 = 2;
 const PIECE: usize = 64 << 10;
 
 /// Does what a chain asks for; the answer is how many bytes of it were written. A chain without room for a status byte
-/// gets none.
+/// gets none, and one with more room than the largest request has gets nothing else.
 pub fn serve(chain: &Chain, slot: &Slot) -> u32 {
     let mut writer = chain.writer();
     let Some(room) = chain.writable_len().checked_sub(1) else {
         return 0;
     };
+    if room > limits::BLOCK_REQUEST_BYTES {
+        writer.skip(room);
+        // Not from the first byte on, which is what the answer would tell.
+        let _ = writer.write_all(&[STATUS_IO_ERROR]);
+        return 0;
+    }
     let status = match run(chain, slot, &mut writer, room) {
         Ok(()) => STATUS_OK,
         Err(status) => status,

@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::message::{Kind, Request, refuse};
 use crate::machine::end::{End, EndReason, EndSender};
 use crate::virtio::chain::Chain;
-use crate::virtio::queue::{QueueError, VirtQueue};
+use crate::virtio::queue::{QueueError, VirtQueue, log_broken};
 
 const STOP: u64 = 2;
 const HANG_UP: u64 = 3;
@@ -90,7 +90,7 @@ impl Queues {
         match act(slot.as_mut()?) {
             Ok(value) => Some(value),
             Err(error) => {
-                tracing::error!(%error, "fs device stopped serving a queue");
+                log_broken("fs", &error);
                 if let Some(queue) = slot.take() {
                     let gone = EpollEvent::default();
                     let kick = queue.kick().as_raw_fd();

@@ -71,7 +71,7 @@ impl Bucket {
 }
 
 /// Tokens in millionths, so that slow rates and short times lose nothing.
-struct Tokens {
+pub(in crate::virtio) struct Tokens {
     a_second: u64,
     most: i128,
     left: i128,
@@ -81,7 +81,8 @@ struct Tokens {
 const UNIT: i128 = 1_000_000;
 
 impl Tokens {
-    fn new(a_second: u64, burst: u64, now: Instant) -> Self {
+    /// Full: a tenth of a second's, and `burst`. None a second is no cap.
+    pub fn new(a_second: u64, burst: u64, now: Instant) -> Self {
         let most = (i128::from(a_second / 10) + i128::from(burst)).max(1) * UNIT;
         Self {
             a_second,
@@ -91,7 +92,8 @@ impl Tokens {
         }
     }
 
-    fn wait(&mut self, now: Instant) -> Duration {
+    /// How long until one may be spent; zero if it may be now.
+    pub fn wait(&mut self, now: Instant) -> Duration {
         if self.a_second == 0 {
             return Duration::ZERO;
         }
@@ -108,7 +110,8 @@ impl Tokens {
         Duration::from_micros(u64::try_from(micros).unwrap_or(u64::MAX))
     }
 
-    fn spend(&mut self, count: u64) {
+    /// Takes some, though there may be fewer.
+    pub fn spend(&mut self, count: u64) {
         if self.a_second != 0 {
             self.left = self.left.saturating_sub(i128::from(count) * UNIT);
         }

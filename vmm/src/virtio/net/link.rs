@@ -12,7 +12,7 @@ use super::slot::{Link, NetError};
 use super::{Tap, TapError};
 use crate::limits;
 use crate::virtio::ActivateError;
-use crate::virtio::queue::{QueueError, VirtQueue};
+use crate::virtio::queue::{QueueError, VirtQueue, log_broken};
 use crate::virtio::worker::Worker;
 
 /// Control messages (section 5.1.6.5): class and command of VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, and the answers.
@@ -191,7 +191,7 @@ fn rest(since: Option<Instant>) {
 
 fn going(served: Result<(), QueueError>) -> bool {
     if let Err(error) = &served {
-        tracing::warn!(%error, "net stops");
+        log_broken("net", error);
     }
     served.is_ok()
 }

@@ -17,7 +17,7 @@
 //! The tap carries the same header as the queues (`IFF_VNET_HDR`, 12 bytes), so checksums and segmentation are left to
 //! who can do them. In our own path a frame is copied once each way: what is checked is what is sent.
 
-mod bucket;
+pub(in crate::virtio) mod bucket;
 mod device;
 mod header;
 mod link;

@@ -1,10 +1,11 @@
 //! The device and its queue.
 
 use std::io::{self, Write};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::limits;
-use crate::virtio::queue::{QueueError, VirtQueue};
+use crate::virtio::queue::{QueueError, VirtQueue, log_broken};
 use crate::virtio::worker::Worker;
 use crate::virtio::{ActivateError, Activation, VirtioDevice};
 
@@ -16,6 +17,8 @@ const QUEUE_SIZES: [u16; 1] = [64];
 #[derive(Default)]
 pub struct Rng {
     worker: Option<Worker>,
+    /// Not the worker's own: a driver that resets the device has no more for it.
+    budget: Arc<Mutex<Budget>>,
 }
 
 impl VirtioDevice for Rng {
@@ -41,12 +44,13 @@ impl VirtioDevice for Rng {
                 what: "share an event",
                 source,
             })?;
-        let mut budget = Budget::new();
+        let budget = self.budget.clone();
         self.worker = Some(Worker::start("rng", vec![kick], move || {
+            let mut budget = budget.lock().unwrap_or_else(PoisonError::into_inner);
             match serve(&mut queue, &mut budget) {
                 Ok(()) => true,
                 Err(error) => {
-                    tracing::warn!(%error, "rng stops");
+                    log_broken("rng", &error);
                     false
                 }
             }
@@ -71,7 +75,8 @@ fn serve(queue: &mut VirtQueue, budget: &mut Budget) -> Result<(), QueueError> {
         done += 1;
         let wanted = chain.writable_len().min(limits::RNG_REQUEST_BYTES);
         let mut bytes = vec![0; wanted];
-        budget.spend(wanted);
+        // One for nothing costs a system call and a call of the guest too.
+        budget.spend(wanted.max(limits::RNG_REQUEST_COST));
         let written = match random(&mut bytes).and_then(|()| chain.writer().write_all(&bytes)) {
             Ok(()) => wanted as u32,
             Err(error) => {
@@ -109,18 +114,20 @@ struct Budget {
     renewed: Instant,
 }
 
-impl Budget {
-    fn new() -> Self {
+impl Default for Budget {
+    fn default() -> Self {
         Self {
             left: limits::RNG_BYTES_PER_SECOND,
             renewed: Instant::now(),
         }
     }
+}
 
+impl Budget {
     fn spend(&mut self, bytes: usize) {
         let second = Duration::from_secs(1);
         if self.renewed.elapsed() >= second {
-            *self = Self::new();
+            *self = Self::default();
         }
         match self.left.checked_sub(bytes) {
             Some(left) => self.left = left,
@@ -163,7 +170,7 @@ mod tests {
 
     #[test]
     fn a_seconds_bytes_are_used_up_and_come_back() {
-        let mut budget = Budget::new();
+        let mut budget = Budget::default();
         let requests = limits::RNG_BYTES_PER_SECOND / limits::RNG_REQUEST_BYTES;
         for _ in 0..requests {
             budget.spend(limits::RNG_REQUEST_BYTES);
@@ -178,6 +185,43 @@ mod tests {
         budget.renewed -= Duration::from_secs(1);
         budget.spend(limits::RNG_REQUEST_BYTES);
         assert!(budget.left > 0);
+    }
+
+    #[test]
+    fn requests_for_nothing_are_no_gift_and_a_reset_renews_no_budget() {
+        let memory = memory();
+        let mut rng = Rng::default();
+        // Longer than the test takes.
+        rng.budget.lock().unwrap().renewed += Duration::from_secs(60);
+        for life in 1..4 {
+            let interrupt = CountingInterrupt::new();
+            let (mut driver, queue) = DriverQueue::new(&memory, 0, 0x10000, 16, interrupt.clone());
+            memory.write_obj(0u32, GuestAddress(0x18000)).unwrap();
+            memory.write_obj(0u32, GuestAddress(0x1c000)).unwrap();
+            for head in 0..2 {
+                driver.offer_chain(head, &[(0x20_0000, 64, false)]);
+            }
+            rng.activate(Activation {
+                features: 0,
+                queues: vec![Some(queue)],
+                interrupt: interrupt.clone(),
+            })
+            .unwrap();
+            let mut answered = 0;
+            while answered < 2 {
+                match driver.used() {
+                    Some(entry) => {
+                        assert_eq!(entry.1, 0);
+                        answered += 1;
+                    }
+                    None => drop(interrupt.event.read()),
+                }
+            }
+            rng.reset();
+            let left = rng.budget.lock().unwrap().left;
+            let spent = 2 * life * limits::RNG_REQUEST_COST;
+            assert_eq!(left, limits::RNG_BYTES_PER_SECOND - spent);
+        }
     }
 
     #[test]

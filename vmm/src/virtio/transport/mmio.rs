@@ -328,8 +328,10 @@ impl MmioTransport {
             }
             match bit {
                 FEATURES_OK if !self.features_are_ours() => {
-                    let features = self.accepted;
-                    tracing::warn!(device = self.device.name(), features, "features refused");
+                    if self.may_warn() {
+                        let features = self.accepted;
+                        tracing::warn!(device = self.device.name(), features, "features refused");
+                    }
                     return;
                 }
                 DRIVER_OK => self.activate(),
@@ -347,7 +349,9 @@ impl MmioTransport {
         let queues = match self.checked_queues() {
             Ok(queues) => queues,
             Err(index) => {
-                tracing::warn!(device = self.device.name(), index, "bad queue refused");
+                if self.may_warn() {
+                    tracing::warn!(device = self.device.name(), index, "bad queue refused");
+                }
                 return self.needs_reset();
             }
         };
@@ -360,7 +364,9 @@ impl MmioTransport {
         match self.device.activate(activation) {
             Ok(()) => self.status |= DRIVER_OK,
             Err(error) => {
-                tracing::warn!(device = self.device.name(), %error, "device cannot start");
+                if self.may_warn() {
+                    tracing::warn!(device = self.device.name(), %error, "device cannot start");
+                }
                 self.needs_reset();
             }
         }
@@ -431,10 +437,16 @@ impl MmioTransport {
     }
 
     fn warn(&mut self, what: &'static str, offset: u64, value: u32) {
-        if self.warnings < limits::REGISTER_WARNINGS {
-            self.warnings += 1;
+        if self.may_warn() {
             tracing::warn!(device = self.device.name(), offset, value, "{what}");
         }
+    }
+
+    /// Counts: the guest can bring each of these about for ever.
+    fn may_warn(&mut self) -> bool {
+        let may = self.warnings < limits::REGISTER_WARNINGS;
+        self.warnings += u32::from(may);
+        may
     }
 }
 

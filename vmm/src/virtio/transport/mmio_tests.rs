@@ -307,6 +307,28 @@ fn warnings_about_registers_end() {
 }
 
 #[test]
+fn failed_starts_count_as_warnings() {
+    let (mut transport, seen) = transport();
+    // No features, then no queue that is sound, then a device that fails.
+    for status in [0, 1, 3, 11] {
+        write(&mut transport, STATUS, status);
+    }
+    assert_eq!(transport.warnings, 1);
+    negotiate(&mut transport);
+    write(&mut transport, QUEUE_SIZE, 3);
+    write(&mut transport, QUEUE_READY, 1);
+    write(&mut transport, STATUS, 15);
+    assert_eq!(transport.warnings, 2);
+    seen.lock().unwrap().fails = true;
+    for _ in 0..100 {
+        negotiate(&mut transport);
+        set_up_queue(&mut transport, 0, 16, 0x10000);
+        write(&mut transport, STATUS, 15);
+    }
+    assert_eq!(transport.warnings, limits::REGISTER_WARNINGS);
+}
+
+#[test]
 fn a_kick_reaches_its_queue_only_while_the_device_runs() {
     let (mut transport, _) = transport();
     write(&mut transport, QUEUE_NOTIFY, 0);

@@ -19,6 +19,7 @@ use super::packet::{HEADER_LEN, Operation, Packet, PacketError, Ports};
 use super::payload::{Sink, Source};
 use super::uplink::Uplink;
 use crate::limits;
+use crate::virtio::net::bucket::Tokens;
 
 /// Called at the guest's first connection to the host.
 pub type FirstConnection = Box<dyn Fn() + Send>;
@@ -58,6 +59,8 @@ pub struct Muxer {
     connections: HashMap<u64, Watched>,
     /// How many of them the guest asked for.
     from_guest: usize,
+    /// How many more the guest may ask for now. A reset does not renew them.
+    connects: Tokens,
     /// Connections that the guest knows, by name.
     names: HashMap<Ports, u64>,
     /// Connections that may have a packet for the guest, in turn.
@@ -116,6 +119,11 @@ impl Muxer {
             clients: HashMap::new(),
             connections: HashMap::new(),
             from_guest: 0,
+            connects: Tokens::new(
+                limits::VSOCK_CONNECTS_PER_SECOND,
+                limits::VSOCK_CONNECTS_AT_ONCE - limits::VSOCK_CONNECTS_PER_SECOND / 10,
+                Instant::now(),
+            ),
             names: HashMap::new(),
             ready: VecDeque::new(),
             resets: VecDeque::new(),
@@ -314,8 +322,13 @@ impl Muxer {
             tracing::debug!(?ports, "refused a vsock connection: too many");
             return self.reset_ports(ports);
         }
+        if !self.connects.wait(Instant::now()).is_zero() {
+            tracing::debug!(?ports, "refused a vsock connection: too many a second");
+            return self.reset_ports(ports);
+        }
         match self.uplink.connect(ports.host) {
             Ok(stream) => {
+                self.connects.spend(1);
                 if let Some(first) = self.on_first_guest_connection.take() {
                     first();
                 }
@@ -437,10 +450,57 @@ fn interest(writable: bool) -> EventSet {
 
 #[cfg(test)]
 mod tests {
-    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+    use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, recv, socketpair};
 
     use super::super::packet::SHUTDOWN_BOTH;
     use super::*;
+
+    #[test]
+    fn connections_that_come_and_go_have_a_rate() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vsock.sock");
+        let flags = SocketFlags::CLOEXEC;
+        let (ours, host) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+        let uplink = Uplink::new(vec![7], Some(ours));
+        let mut muxer = Muxer::new(3, &path, uplink, Box::new(|| ())).unwrap();
+        let start = Instant::now();
+        let mut tried = 0;
+        let mut reached = |muxer: &mut Muxer| {
+            tried += 1;
+            let ports = Ports {
+                guest: tried,
+                host: 7,
+            };
+            for operation in [Operation::Request, Operation::Reset] {
+                let header = Packet::new(ports, operation).as_sent_by_guest(3);
+                muxer.take_packet(&header, |_| Some(&b""[..]));
+            }
+            let refused = muxer.next_packet(&mut Vec::new());
+            // The socket that comes with it is closed, as nobody asks for it.
+            let got = recv(&host, &mut [0; 4], RecvFlags::DONTWAIT);
+            assert_eq!(got.is_ok(), refused.is_none());
+            if let Some(reset) = refused {
+                let reset = Packet::seen_by_guest(&reset.header, 3);
+                assert_eq!((reset.ports, reset.operation), (ports, Operation::Reset));
+            }
+            u64::from(got.is_ok())
+        };
+        let mut count = 0;
+        for _ in 0..10 * limits::VSOCK_CONNECTS_AT_ONCE {
+            count += reached(&mut muxer);
+        }
+        muxer.reset();
+        for _ in 0..10 {
+            count += reached(&mut muxer);
+        }
+        let passed = start.elapsed().as_millis() as u64 + 1;
+        let most =
+            limits::VSOCK_CONNECTS_AT_ONCE + limits::VSOCK_CONNECTS_PER_SECOND * passed / 1000 + 1;
+        assert!((limits::VSOCK_CONNECTS_AT_ONCE..=most).contains(&count));
+        std::thread::sleep(Duration::from_millis(100));
+        assert_eq!(reached(&mut muxer), 1);
+    }
 
     #[test]
     fn connections_that_end_before_the_guest_takes_a_packet_leave_nothing_waiting() {

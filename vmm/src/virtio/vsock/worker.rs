@@ -9,7 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::muxer::{FIRST_TOKEN, Muxer};
 use super::packet::HEADER_LEN;
 use super::payload::{RxRoom, TxData};
-use crate::virtio::queue::{QueueError, VirtQueue};
+use crate::virtio::queue::{QueueError, VirtQueue, log_broken};
 
 const STOP: u64 = 0;
 const RX_KICK: u64 = 1;
@@ -62,7 +62,7 @@ impl Worker {
     /// Serves until `stop` is signalled; gives the multiplexer back without connections.
     pub fn run(mut self) -> Box<Muxer> {
         if let Err(error) = self.serve() {
-            tracing::error!(%error, "vsock device stopped serving");
+            log_broken("vsock", &error);
             self.muxer.reset();
             // Blocks until it is signalled.
             drop(self.stop.read());
