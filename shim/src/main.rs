@@ -12,6 +12,7 @@ use std::{
 };
 
 use anyhow::Context as _;
+use bulkhead_failpoint::patience;
 use bulkhead_shim::{
     args::Args,
     bootstrap, config, delete,
@@ -34,6 +35,8 @@ use ttrpc::r#async::{Server, transport::Listener};
 
 /// How long containerd may take to connect after `start`. It tries a socket that is not there for 100 s, and one that nobody listens on once.
 const CONNECT: Duration = Duration::from_secs(1);
+/// How long it may take to take a pod over. The guest has a say in it: afterwards the pod ends.
+const ADOPT: Duration = Duration::from_secs(120);
 /// A shim without a pod ends after this: containerd asks for the first container at once.
 const UNUSED_LIMIT: Duration = Duration::from_secs(60);
 /// Longest request for `-info`.
@@ -145,15 +148,19 @@ async fn serve_on(args: &Args, channel: OwnedFd) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hangup = signal(SignalKind::hangup())?;
-    if kept.takes_over()
-        && let Err(error) = service.adopt().await
-    {
-        // containerd calls `delete`, which cleans up.
-        kept.end();
-        return Err(error.into());
+    // Heard from now on: the keeper's question whether we live, too.
+    let incoming = kept.connections(connections)?;
+    if kept.takes_over() {
+        let adopted = timeout(patience(ADOPT), service.adopt()).await;
+        let adopted = adopted.context("the guest takes too long");
+        if let Err(error) = adopted.and_then(|adopted| Ok(adopted?)) {
+            // containerd calls `delete`, which cleans up.
+            kept.end();
+            return Err(error.context("taking the pod over"));
+        }
     }
     let mut server = Server::new()
-        .add_listener(Listener::new(Incoming(kept.connections(connections)?)))
+        .add_listener(Listener::new(Incoming(incoming)))
         .register_service(service.register());
     server.start().await?;
     tracing::debug!("serving");

@@ -238,9 +238,10 @@ impl Sandbox for Service {
         _: &TtrpcContext,
         req: StartSandboxRequest,
     ) -> Rpc<StartSandboxResponse> {
-        let _awake = self.shared().awake().await;
-        let result = self.shared().start_sandbox(&req.sandbox_id).await;
-        reply("start_sandbox", &req.sandbox_id, result)
+        let (shared, id) = (self.shared().clone(), req.sandbox_id);
+        let asked = id.clone();
+        let work = async move { shared.start_sandbox(&asked).await };
+        self.to_the_end("start_sandbox", id, work).await
     }
 
     async fn platform(&self, _: &TtrpcContext, req: PlatformRequest) -> Rpc<PlatformResponse> {
@@ -253,8 +254,10 @@ impl Sandbox for Service {
         _: &TtrpcContext,
         req: StopSandboxRequest,
     ) -> Rpc<StopSandboxResponse> {
-        let result = self.shared().stop_sandbox(&req.sandbox_id).await;
-        reply("stop_sandbox", &req.sandbox_id, result)
+        let (shared, id) = (self.shared().clone(), req.sandbox_id);
+        let asked = id.clone();
+        let work = async move { shared.stop_sandbox(&asked).await };
+        self.to_the_end("stop_sandbox", id, work).await
     }
 
     async fn wait_sandbox(
@@ -286,17 +289,17 @@ impl Sandbox for Service {
         req: ShutdownSandboxRequest,
     ) -> Rpc<ShutdownSandboxResponse> {
         // Also without a sandbox: containerd calls it when none could be made.
-        self.stop().await;
-        let shared = self.shared().clone();
-        tokio::spawn(async move {
-            tokio::time::sleep(ANSWERED).await;
-            shared.end_shim();
-        });
-        reply(
-            "shutdown_sandbox",
-            &req.sandbox_id,
-            Ok(ShutdownSandboxResponse::new()),
-        )
+        let this = self.clone();
+        let work = async move {
+            this.stop().await;
+            tokio::spawn(async move {
+                tokio::time::sleep(ANSWERED).await;
+                this.shared().end_shim();
+            });
+            Ok(ShutdownSandboxResponse::new())
+        };
+        self.to_the_end("shutdown_sandbox", req.sandbox_id, work)
+            .await
     }
 
     async fn sandbox_metrics(

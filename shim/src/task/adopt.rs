@@ -182,6 +182,7 @@ impl Shared {
 
     /// Execs that the guest has and nobody has noted go: their Exec comes again.
     async fn take_back_execs(&self, pod: &Pod, records: &[Record], known: &Known) {
+        let end = Instant::now() + CALL;
         for (container, exec) in known.keys().filter(|(_, exec)| !exec.is_empty()) {
             let record = records.iter().find(|record| record.id == *container);
             let Some(made) = record.and_then(|record| record.made.as_ref()) else {
@@ -192,7 +193,9 @@ impl Shared {
             }
             let request = process_request(container, exec);
             if let Ok(agent) = pod.agent()
-                && let Err(error) = agent.delete(deadline(CALL), &request).await
+                // As many as it likes to name are not waited for one after another.
+                && let rest = end.saturating_duration_since(Instant::now())
+                && let Err(error) = agent.delete(deadline(rest), &request).await
             {
                 tracing::warn!(container, exec, %error, "a half-made exec stays in the guest");
             }

@@ -342,6 +342,7 @@ impl Shared {
                 phase: "not running",
             });
         }
+        not_paused(&container, "exec into")?;
         let there = container.process(&req.exec_id).ok();
         if there.is_some_and(|process| process.is_asked_again()) {
             self.publish_exec(req);
@@ -405,6 +406,18 @@ impl Shared {
         }
         pumps
     }
+}
+
+/// A process of a paused container would not begin before it is resumed, which its caller does not wait for.
+pub(super) fn not_paused(container: &Container, what: &'static str) -> Result<(), Error> {
+    if !container.is_paused() {
+        return Ok(());
+    }
+    Err(Error::State {
+        id: container.name(""),
+        what,
+        phase: "paused",
+    })
 }
 
 fn hooks_of(spec: &Spec, id: &str, bundle: &Path, pid: u32) -> Runner {

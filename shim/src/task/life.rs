@@ -12,12 +12,16 @@ use containerd_shim_protos::{
     events::task::{TaskDelete, TaskExecStarted, TaskExit, TaskOOM, TaskStart},
 };
 use protobuf::{MessageField, well_known_types::timestamp::Timestamp};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::{
+    task::JoinSet,
+    time::{Instant, sleep_until, timeout, timeout_at},
+};
 use ttrpc::context;
 
 use super::{
     CALL, MAKE, Shared, answer,
     container::{Container, process_request},
+    create::not_paused,
     error::Error,
     now, passed,
     process::{Exit, Phase, Process},
@@ -25,13 +29,15 @@ use super::{
 };
 use crate::{
     limits::AGENT_TEXT,
-    sandbox::{Pod, deadline, machine::printable},
+    sandbox::{self, Pod, deadline, machine::printable},
 };
 
 /// Exit status of a process that was killed, or whose machine ended: 128 + SIGKILL.
 pub const KILLED: u32 = 137;
 /// How long a container may live after SIGKILL.
 const SURVIVAL: Duration = Duration::from_secs(30);
+/// How long the execs of a container that has ended may take to end.
+const EXECS_END: Duration = Duration::from_secs(2);
 /// After this a call that the shim before had not answered has come again.
 const ASKED_AGAIN: Duration = Duration::from_millis(500);
 /// Exit status of a process that was never started.
@@ -54,6 +60,7 @@ impl Shared {
             return Ok(response);
         }
         container.pod.must_run()?;
+        not_paused(&container, "start")?;
         if !process.begin_start() {
             return Err(Error::State {
                 id: container.name(exec_id),
@@ -70,7 +77,9 @@ impl Shared {
             self.start_in_guest(&container, exec_id).await
         };
         if let Err(error) = started.await {
-            // Never started, so no event; but who waits gets an answer, and who reads its end.
+            // It may have started all the same, or still do so.
+            kill_half_started(&container, exec_id).await;
+            // As if never started, so no event; but who waits gets an answer, and who reads its end.
             process.set_told();
             process.stop(killed(NOT_STARTED));
             process.cut_off();
@@ -235,6 +244,10 @@ impl Shared {
         }
         let result = agent.signal(deadline(CALL), &request).await;
         match answer(&container.pod, passed("kill.signal", result)).await {
+            // With its machine, which is about to be recorded.
+            Err(Error::Pod(sandbox::Error::Ended(_))) => {
+                return Err(Error::Finished(container.name(&req.exec_id)));
+            }
             Err(Error::Agent(ttrpc::Error::RpcStatus(status)))
                 if to_death && status.code() == ttrpc::Code::INTERNAL =>
             {
@@ -355,16 +368,22 @@ impl Shared {
 
     /// With its init every exec of a container ends (the pid namespace is gone).
     async fn end_execs(&self, container: &Arc<Container>) {
-        for exec in container.exec_list() {
-            if matches!(exec.phase(), Phase::Running | Phase::Starting)
-                && timeout(Duration::from_secs(2), exec.wait()).await.is_err()
-            {
-                self.record(container, &exec, killed(KILLED)).await;
-            }
+        let execs = container.exec_list();
+        let end = Instant::now() + EXECS_END;
+        let mut drains = JoinSet::new();
+        for exec in &execs {
             if exec.phase() == Phase::Created {
                 exec.cut_off();
+                exec.set_told();
+                exec.stop(killed(KILLED));
+            } else if timeout_at(end, exec.wait()).await.is_err() {
+                self.record(container, exec, killed(KILLED)).await;
             }
-            exec.drain().await;
+            let exec = exec.clone();
+            drains.spawn(async move { exec.drain().await });
+        }
+        drains.join_all().await;
+        for exec in &execs {
             container.remove_exec(&exec.exec_id);
         }
     }
@@ -453,6 +472,8 @@ fn with_machine(pod: &Pod, exec_id: &str) -> Exit {
 fn must_end(container: &Arc<Container>, process: &Arc<Process>) {
     let (container, process) = (container.clone(), process.clone());
     tokio::spawn(async move {
+        // A start has deadlines of its own, and its poststart hooks may take longer.
+        process.settled().await;
         if timeout(patience(SURVIVAL), process.wait()).await.is_err() {
             tracing::error!(
                 container = container.id,
@@ -475,6 +496,19 @@ pub async fn kill_in_guest(agent: &AgentClient, container: &str, patience: Durat
         .wait(deadline(patience), &process_request(container, ""))
         .await;
     signalled
+}
+
+/// A start that failed, perhaps for want of an answer alone.
+async fn kill_half_started(container: &Container, exec_id: &str) {
+    let Ok(agent) = container.pod.agent() else {
+        return; // Gone with the machine.
+    };
+    let mut request = agent::SignalRequest::new();
+    request.container.clone_from(&container.id);
+    request.exec_id = exec_id.into();
+    request.signal = libc::SIGKILL.unsigned_abs();
+    request.all = exec_id.is_empty();
+    let _ = agent.signal(deadline(CALL), &request).await;
 }
 
 /// What the guest does not free is its own loss: no guest keeps the host from removing a container that has ended.

@@ -150,6 +150,23 @@ impl Service {
         }
     }
 
+    /// Does `work` to its end, whatever becomes of the call: ttrpc drops one at its deadline and with its connection, and what is half
+    /// done nobody could finish or undo. The machine does not rest meanwhile.
+    pub(crate) async fn to_the_end<T: Send + 'static>(
+        &self,
+        call: &'static str,
+        id: String,
+        work: impl Future<Output = Result<T, Error>> + Send + 'static,
+    ) -> Rpc<T> {
+        let shared = self.0.clone();
+        let whole = async move {
+            let _awake = shared.awake().await;
+            reply(call, &id, work.await)
+        };
+        let done = tokio::spawn(whole).await;
+        done.unwrap_or_else(|error| Err(ttrpc::Error::Others(format!("{call}: {error}"))))
+    }
+
     /// Answers once nothing was here for `limit`: containerd gave up between `start` and `Create`, or never came back.
     pub async fn unused(&self, limit: Duration) {
         loop {
@@ -374,20 +391,21 @@ impl Task for Service {
     }
 
     async fn create(&self, _: &TtrpcContext, req: CreateTaskRequest) -> Rpc<CreateTaskResponse> {
-        let _awake = self.0.awake().await;
-        reply("create", &req.id, self.0.create(&req).await)
+        let (shared, id) = (self.0.clone(), req.id.clone());
+        let work = async move { shared.create(&req).await };
+        self.to_the_end("create", id, work).await
     }
 
     async fn start(&self, _: &TtrpcContext, req: StartRequest) -> Rpc<StartResponse> {
-        let _awake = self.0.awake().await;
-        let result = self.0.start(&req.id, &req.exec_id).await;
-        reply("start", &req.id, result)
+        let (shared, id) = (self.0.clone(), req.id.clone());
+        let work = async move { shared.start(&req.id, &req.exec_id).await };
+        self.to_the_end("start", id, work).await
     }
 
     async fn delete(&self, _: &TtrpcContext, req: DeleteRequest) -> Rpc<DeleteResponse> {
-        let _awake = self.0.awake().await;
-        let result = self.0.delete(&req.id, &req.exec_id).await;
-        reply("delete", &req.id, result)
+        let (shared, id) = (self.0.clone(), req.id.clone());
+        let work = async move { shared.delete(&req.id, &req.exec_id).await };
+        self.to_the_end("delete", id, work).await
     }
 
     async fn pids(&self, _: &TtrpcContext, req: PidsRequest) -> Rpc<PidsResponse> {
@@ -396,13 +414,15 @@ impl Task for Service {
     }
 
     async fn pause(&self, _: &TtrpcContext, req: PauseRequest) -> Rpc<Empty> {
-        let _awake = self.0.awake().await;
-        reply("pause", &req.id, self.0.pause(&req.id, true).await)
+        let (shared, id) = (self.0.clone(), req.id.clone());
+        let work = async move { shared.pause(&req.id, true).await };
+        self.to_the_end("pause", id, work).await
     }
 
     async fn resume(&self, _: &TtrpcContext, req: ResumeRequest) -> Rpc<Empty> {
-        let _awake = self.0.awake().await;
-        reply("resume", &req.id, self.0.pause(&req.id, false).await)
+        let (shared, id) = (self.0.clone(), req.id.clone());
+        let work = async move { shared.pause(&req.id, false).await };
+        self.to_the_end("resume", id, work).await
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, req: CheckpointTaskRequest) -> Rpc<Empty> {
@@ -411,13 +431,15 @@ impl Task for Service {
     }
 
     async fn kill(&self, _: &TtrpcContext, req: KillRequest) -> Rpc<Empty> {
-        let _awake = self.0.awake().await;
-        reply("kill", &req.id, self.0.kill(&req).await)
+        let (shared, id) = (self.0.clone(), req.id.clone());
+        let work = async move { shared.kill(&req).await };
+        self.to_the_end("kill", id, work).await
     }
 
     async fn exec(&self, _: &TtrpcContext, req: ExecProcessRequest) -> Rpc<Empty> {
-        let _awake = self.0.awake().await;
-        reply("exec", &req.id, self.0.exec(&req).await)
+        let (shared, id) = (self.0.clone(), req.id.clone());
+        let work = async move { shared.exec(&req).await };
+        self.to_the_end("exec", id, work).await
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, req: ResizePtyRequest) -> Rpc<Empty> {
@@ -437,8 +459,9 @@ impl Task for Service {
     }
 
     async fn update(&self, _: &TtrpcContext, req: UpdateTaskRequest) -> Rpc<Empty> {
-        let _awake = self.0.awake().await;
-        reply("update", &req.id, self.0.update(&req).await)
+        let (shared, id) = (self.0.clone(), req.id.clone());
+        let work = async move { shared.update(&req).await };
+        self.to_the_end("update", id, work).await
     }
 
     async fn wait(&self, _: &TtrpcContext, req: WaitRequest) -> Rpc<WaitResponse> {
@@ -466,12 +489,16 @@ impl Task for Service {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, req: ShutdownRequest) -> Rpc<Empty> {
-        // Other containers of the pod keep the shim.
-        let keeps = !self.0.state().containers.is_empty() && !req.now;
-        if !keeps {
-            self.stop().await;
-            self.0.end_shim();
-        }
-        Ok(Empty::new())
+        let (this, id) = (self.clone(), req.id.clone());
+        let work = async move {
+            // Other containers of the pod keep the shim.
+            let keeps = !this.0.state().containers.is_empty() && !req.now;
+            if !keeps {
+                this.stop().await;
+                this.0.end_shim();
+            }
+            Ok(Empty::new())
+        };
+        self.to_the_end("shutdown", id, work).await
     }
 }

@@ -14,8 +14,8 @@ use bulkhead_harness::{
 };
 use containerd_shim_protos::{
     api::{
-        CheckpointTaskRequest, DeleteRequest, ExecProcessRequest, KillRequest, StartRequest,
-        WaitRequest,
+        CheckpointTaskRequest, DeleteRequest, ExecProcessRequest, KillRequest, PauseRequest,
+        ResumeRequest, StartRequest, WaitRequest,
     },
     sandbox_api::{PingRequest, PlatformRequest, SandboxStatusRequest},
     sandbox_async::SandboxClient,
@@ -141,6 +141,42 @@ fn calls_in_any_order_have_typed_answers(suite: &Suite) -> Outcome {
         ensure_eq!("delete twice", code("delete", twice)?, Code::NOT_FOUND);
         let lost = task.wait(limit(), &wait("e")).await;
         ensure_eq!("wait after delete", code("wait", lost)?, Code::NOT_FOUND);
+
+        // A start that its caller gives up is done all the same. One may be given up before it is sent.
+        task.exec(limit(), &exec("given-up", "exit 6"))
+            .await
+            .map_err(failed)?;
+        loop {
+            let moment = ttrpc::context::with_duration(Duration::from_millis(2));
+            match task.start(moment, &start("given-up")).await {
+                Ok(_) => break,
+                // By the start before.
+                Err(ttrpc::Error::RpcStatus(no)) if no.code() == Code::FAILED_PRECONDITION => break,
+                Err(_) => {}
+            }
+        }
+        let ended = task.wait(limit(), &wait("given-up")).await;
+        ensure_eq!("its end", ended.map_err(failed)?.exit_status, 6);
+        let gone = task.delete(limit(), &delete("given-up")).await;
+        ensure_eq!("delete", gone.map_err(failed)?.exit_status, 6);
+
+        // Nothing begins in a paused container.
+        task.exec(limit(), &exec("early", "true"))
+            .await
+            .map_err(failed)?;
+        let (mut pause, mut resume) = (PauseRequest::new(), ResumeRequest::new());
+        (pause.id, resume.id) = (id.into(), id.into());
+        task.pause(limit(), &pause).await.map_err(failed)?;
+        let into = task.exec(limit(), &exec("paused", "true")).await;
+        let what = "exec into a paused container";
+        ensure_eq!(what, code(what, into)?, Code::FAILED_PRECONDITION);
+        let begun = task.start(limit(), &start("early")).await;
+        let what = "start in a paused container";
+        ensure_eq!(what, code(what, begun)?, Code::FAILED_PRECONDITION);
+        task.resume(limit(), &resume).await.map_err(failed)?;
+        task.start(limit(), &start("early")).await.map_err(failed)?;
+        let ended = task.wait(limit(), &wait("early")).await;
+        ensure_eq!("its end", ended.map_err(failed)?.exit_status, 0);
 
         task.exec(limit(), &exec("long", "sleep 1000000"))
             .await
