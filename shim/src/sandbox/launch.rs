@@ -50,7 +50,12 @@ struct Ready<'a> {
     envp: Vec<*const c_char>,
 }
 
-/// Starts the program in a session of its own: its pidfd and pid.
+/// containerd's environment can hold what a guest that broke its VMM must not find: a proxy's password.
+fn is_passed_on(name: &OsStr) -> bool {
+    name == "PATH" || name.as_bytes().starts_with(b"BULKHEAD_")
+}
+
+/// Starts the program in a session of its own, with the part of our environment that is meant for it: its pidfd and pid.
 pub fn launch(launch: &Launch<'_>) -> io::Result<(OwnedFd, i32)> {
     let text = |text: &OsStr| CString::new(text.as_bytes()).map_err(io::Error::from);
     let mut argv = vec![text(launch.program.as_os_str())?];
@@ -62,8 +67,8 @@ pub fn launch(launch: &Launch<'_>) -> io::Result<(OwnedFd, i32)> {
         name.push(value);
         CString::new(name.into_vec()).map_err(io::Error::from)
     };
-    let envp = env::vars_os().map(variable);
-    let envp: Vec<CString> = envp.collect::<Result<_, _>>()?;
+    let envp = env::vars_os().filter(|(name, _)| is_passed_on(name));
+    let envp: Vec<CString> = envp.map(variable).collect::<Result<_, _>>()?;
     let pointers = |list: &[CString]| {
         let list = list.iter().map(|text| text.as_ptr());
         list.chain([ptr::null()]).collect()

@@ -173,9 +173,14 @@ impl Posture {
             let words: Vec<&str> = line.context(name)?.split_whitespace().take(2).collect();
             ensure_eq!(name, words, [*value, *value]);
         }
+        let environment = format!("{base}/environ");
         // Files in /proc of what is not dumpable belong to root (proc(5)).
-        let owner = fs::metadata(format!("{base}/environ")).context("environ")?;
+        let owner = fs::metadata(&environment).context("environ")?;
         ensure_eq!("owner in /proc", owner.uid(), 0);
+        for variable in read(&environment)?.split_terminator('\0') {
+            let meant = variable.starts_with("PATH=") || variable.starts_with("BULKHEAD_");
+            ensure!(meant, "in its environment: {variable}");
+        }
         Ok(())
     }
 
