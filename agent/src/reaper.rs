@@ -39,6 +39,8 @@ pub struct Reaper {
 /// A launch that is on.
 pub struct Launch {
     reaper: Arc<Reaper>,
+    /// When it began: what ended before is not its child.
+    began: i64,
 }
 
 impl Reaper {
@@ -52,6 +54,7 @@ impl Reaper {
         table.launches = table.launches.saturating_add(1);
         Launch {
             reaper: Arc::clone(self),
+            began: now(),
         }
     }
 
@@ -106,7 +109,8 @@ impl Launch {
     pub fn claim(&self, pid: u32) -> watch::Receiver<Option<Reaped>> {
         let mut table = self.reaper.table();
         let (sender, receiver) = watch::channel(None);
-        match table.unclaimed.remove(&pid) {
+        let unclaimed = table.unclaimed.remove(&pid);
+        match unclaimed.filter(|end| end.at >= self.began) {
             Some(end) => {
                 sender.send_replace(Some(end));
             }
@@ -140,7 +144,10 @@ pub fn now() -> i64 {
 mod tests {
     use super::*;
 
-    const END: Reaped = Reaped { status: 3, at: 1 };
+    const END: Reaped = Reaped {
+        status: 3,
+        at: i64::MAX,
+    };
 
     #[test]
     fn an_end_before_the_claim_is_kept() {
@@ -148,6 +155,18 @@ mod tests {
         let launch = reaper.launch();
         reaper.ended(7, END);
         assert_eq!(*launch.claim(7).borrow(), Some(END));
+    }
+
+    #[test]
+    fn an_end_before_the_launch_is_another_process() {
+        let reaper = Arc::new(Reaper::default());
+        let _other = reaper.launch();
+        let old = Reaped { status: 3, at: 0 };
+        reaper.ended(7, old);
+        let receiver = reaper.launch().claim(7);
+        assert_eq!(*receiver.borrow(), None);
+        reaper.ended(7, END);
+        assert_eq!(*receiver.borrow(), Some(END));
     }
 
     #[test]

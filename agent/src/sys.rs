@@ -157,16 +157,33 @@ pub fn seccomp_load(program: &[u8], flags: u32) -> io::Result<()> {
     }
 }
 
-/// Lets a command run with `root` as its root folder.
-pub fn chroot_command(command: &mut std::process::Command, root: OwnedFd) {
+/// Lets the child of a command do `steps` before its execve. Only for a single-threaded caller, where no lock is held by another
+/// thread when it forks: the steps may allocate.
+pub fn before_exec(
+    command: &mut std::process::Command,
+    steps: impl FnMut() -> io::Result<()> + Send + Sync + 'static,
+) {
     use std::os::unix::process::CommandExt;
-    let enter = move || {
-        rustix::process::fchdir(&root)?;
-        rustix::process::chroot(".")?;
-        Ok(())
+    // SAFETY: the caller has one thread, so its copy is as whole as itself.
+    unsafe { command.pre_exec(steps) };
+}
+
+/// Gives the calling process a session keyring of its own, without a name.
+pub fn join_session_keyring() -> io::Result<()> {
+    const KEYCTL_JOIN_SESSION_KEYRING: libc::c_int = 1;
+    // SAFETY: a null name asks for a new keyring; nothing else is passed.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_keyctl,
+            KEYCTL_JOIN_SESSION_KEYRING,
+            std::ptr::null::<libc::c_char>(),
+        )
     };
-    // SAFETY: between fork and execve only two system calls are made; nothing is allocated or locked.
-    unsafe { command.pre_exec(enter) };
+    if result >= 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// Moves the calling process into new namespaces. Only for a single-threaded caller.

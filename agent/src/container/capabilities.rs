@@ -6,6 +6,7 @@ use rustix::thread::{CapabilitySet, CapabilitySets};
 use crate::error::{Context, Result};
 
 /// The five capability sets of a process.
+#[derive(Clone)]
 pub struct Sets {
     bounding: CapabilitySet,
     sets: CapabilitySets,

@@ -213,6 +213,8 @@ fn create(
     if !shared.ids.is_empty() {
         process::become_inner_root()?;
     }
+    // Keys are not for other containers. Without room for the keyring, or keys in the kernel, it goes without.
+    let _ = sys::join_session_keyring();
     rustix::mount::mount_change(
         "/",
         MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
@@ -234,10 +236,14 @@ fn create(
         }
         false => None,
     };
-    hooks::create_container(spec, container, root)?;
     make_cwd(root, process)?;
     masks::make_readonly(root, linux.readonly_paths().as_deref().unwrap_or_default())?;
     masks::mask(root, linux.masked_paths().as_deref().unwrap_or_default())?;
+    reach("agent.pivot").step(|| "pivot".into())?;
+    pivot(root, linux.rootfs_propagation().as_deref())?;
+    // The programs are the image's: what is masked must be so, and the guest's root must be out of reach.
+    hooks::create_container(spec, container, shared.seccomp.as_ref())?;
+    // After the hooks, which may write into the rootfs.
     if spec.root().as_ref().and_then(|root| root.readonly()) == Some(true) {
         let readonly = MountAttr {
             set: attr::RDONLY,
@@ -245,8 +251,6 @@ fn create(
         };
         mount_setattr(root, false, readonly).step(|| "root.readonly: set".into())?;
     }
-    reach("agent.pivot").step(|| "pivot".into())?;
-    pivot(root, linux.rootfs_propagation().as_deref())?;
     let hooks = || hooks::start_container(spec, container);
     let program = match pause {
         true => Program::Pause,
@@ -269,6 +273,7 @@ fn exec(child: Child<'_>, process: &Process, shared: &Shared, terminal: bool) ->
         false => None,
     };
     drop(child.init);
+    make_cwd(own_root()?.as_fd(), process)?;
     let pty = (pty, Program::Args);
     finish(child.control, process, pty, shared, &|| Ok(()))
 }
@@ -280,7 +285,8 @@ fn console_size(process: &Process) -> Option<(u64, u64)> {
         .map(|size| (size.width(), size.height()))
 }
 
-/// runc makes a missing working folder; a read-only rootfs cannot take one, and entering it fails then by name.
+/// Makes a missing working folder: of a container as runc does, of an exec as well. A read-only rootfs cannot take one, and entering
+/// it fails then by name.
 fn make_cwd(root: BorrowedFd<'_>, process: &Process) -> Result<()> {
     use super::path::{PointKind, make_in_root};
     match make_in_root(root, process.cwd(), PointKind::Folder, 0o755) {
@@ -326,6 +332,7 @@ fn finish(
             .step(|| "hand the pty over".into())?;
         process::own_stdio(process.user().uid())?;
     }
+    process::reopen_null()?;
     process::set_personality(shared.personality.as_ref())?;
     let entered = process::enter_cwd(process.cwd(), true)?;
     let sets = Sets::parse(process.capabilities().as_ref());

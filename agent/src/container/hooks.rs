@@ -1,16 +1,17 @@
 //! Step: the hooks that run in the guest, `createContainer` and `startContainer`. The guest itself holds no programs, so both are
-//! looked up in the container: createContainer after the mounts are made and before the rootfs becomes the root, startContainer
-//! when the program is about to run. The others are the shim's.
+//! looked up in the container: createContainer when the rootfs has become the root and its paths are masked, startContainer when the
+//! program is about to run. They are the image's, so they get no more than the container's program: createContainer hooks run as the
+//! container's root with the process's capabilities, startContainer hooks as its user. The others are the shim's.
 
 use std::{
     fs::File,
     io::{self, Read, Seek, SeekFrom, Write},
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, OwnedFd},
     process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
 };
 
-use oci_spec::runtime::{ContainerState, Hook, Spec};
+use oci_spec::runtime::{ContainerState, Hook, LinuxSeccomp, Spec};
 use rustix::{
     event::{PollFd, PollFlags, Timespec},
     fs::MemfdFlags,
@@ -18,6 +19,7 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize};
 
+use super::{capabilities::Sets, seccomp};
 use crate::{
     error::{Context, Error, Result},
     sys,
@@ -61,18 +63,31 @@ pub fn check(spec: &Spec) -> Result<()> {
     Ok(())
 }
 
-/// Runs createContainer hooks; `root` is the rootfs.
-pub fn create_container(spec: &Spec, container: &Identity, root: BorrowedFd<'_>) -> Result<()> {
+/// Runs createContainer hooks; the rootfs is the root.
+pub fn create_container(
+    spec: &Spec,
+    container: &Identity,
+    seccomp: Option<&LinuxSeccomp>,
+) -> Result<()> {
     let hooks = spec.hooks().as_ref();
     let list = hooks.and_then(|hooks| hooks.create_container().as_deref());
     let list = list.unwrap_or_default();
+    if list.is_empty() {
+        return Ok(());
+    }
+    let process = spec.process().as_ref();
+    let bounds = Bounds {
+        sets: Sets::parse(process.and_then(|process| process.capabilities().as_ref())),
+        no_new_privileges: process.and_then(|process| process.no_new_privileges()) == Some(true),
+        seccomp: seccomp.cloned(),
+    };
     run(
         "hooks.createContainer",
         list,
         spec,
         container,
         ContainerState::Creating,
-        Some(root),
+        Some(&bounds),
     )
 }
 
@@ -91,13 +106,29 @@ pub fn start_container(spec: &Spec, container: &Identity) -> Result<()> {
     )
 }
 
+/// How long the createContainer hooks may take together; `None` if one of them has no limit.
+pub fn time_to_create(spec: &Spec) -> Option<Duration> {
+    let hooks = spec.hooks().as_ref();
+    let list = hooks.and_then(|hooks| hooks.create_container().as_deref());
+    list.unwrap_or_default()
+        .iter()
+        .try_fold(Duration::ZERO, |sum, hook| {
+            Some(sum.saturating_add(limit(hook)?))
+        })
+}
+
+fn limit(hook: &Hook) -> Option<Duration> {
+    let seconds = u64::try_from(hook.timeout()?).ok()?;
+    Some(Duration::from_secs(seconds))
+}
+
 fn run(
     field: &str,
     hooks: &[Hook],
     spec: &Spec,
     container: &Identity,
     status: ContainerState,
-    root: Option<BorrowedFd<'_>>,
+    bounds: Option<&Bounds>,
 ) -> Result<()> {
     if hooks.is_empty() {
         return Ok(());
@@ -114,12 +145,41 @@ fn run(
     let state = state.to_string();
     for (index, hook) in hooks.iter().enumerate() {
         let field = format!("{field}[{index}] ({})", hook.path().display());
-        run_one(&field, hook, &state, root)?;
+        run_one(&field, hook, &state, bounds)?;
     }
     Ok(())
 }
 
-fn run_one(field: &str, hook: &Hook, state: &str, root: Option<BorrowedFd<'_>>) -> Result<()> {
+/// What keeps a hook from more than the container's program could do as root.
+#[derive(Clone)]
+struct Bounds {
+    sets: Sets,
+    no_new_privileges: bool,
+    seccomp: Option<LinuxSeccomp>,
+}
+
+impl Bounds {
+    /// Sets them for the calling process, in the order in which its program's are set.
+    fn apply(&self) -> Result<()> {
+        sys::close_on_exec_from(3).step(|| "keep descriptors from the hook".into())?;
+        rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
+        self.sets.apply_bounding()?;
+        // Without no_new_privs a filter needs CAP_SYS_ADMIN.
+        if let (Some(profile), false) = (&self.seccomp, self.no_new_privileges) {
+            seccomp::load(profile)?;
+        }
+        self.sets.apply()?;
+        if self.no_new_privileges {
+            rustix::thread::set_no_new_privs(true).step(|| "set no_new_privs".into())?;
+        }
+        if let (Some(profile), true) = (&self.seccomp, self.no_new_privileges) {
+            seccomp::load(profile)?;
+        }
+        Ok(())
+    }
+}
+
+fn run_one(field: &str, hook: &Hook, state: &str, bounds: Option<&Bounds>) -> Result<()> {
     let what = |step: &str| format!("{field}: {step}");
     // Files in memory: neither side can block on the other.
     let stdin = memory_file().step(|| what("make its stdin"))?;
@@ -146,15 +206,17 @@ fn run_one(field: &str, hook: &Hook, state: &str, root: Option<BorrowedFd<'_>>) 
         .stdin(stdin)
         .stdout(Stdio::null())
         .stderr(copy(&stderr)?);
-    if let Some(root) = root {
-        let root = root.try_clone_to_owned().step(|| what("open the rootfs"))?;
-        sys::chroot_command(&mut command, root);
+    if let Some(bounds) = bounds.cloned() {
+        sys::before_exec(&mut command, move || {
+            // Only the number of an error gets out of there.
+            bounds.apply().map_err(|error| match error {
+                Error::Step { source, .. } => source,
+                _ => io::ErrorKind::InvalidInput.into(),
+            })
+        });
     }
     let mut child = command.spawn().step(|| what("start"))?;
-    let limit = hook
-        .timeout()
-        .and_then(|seconds| u64::try_from(seconds).ok())
-        .map(Duration::from_secs);
+    let limit = limit(hook);
     match wait(&mut child, limit).step(|| what("wait for its end"))? {
         Some(status) if status.success() => Ok(()),
         Some(status) => {
@@ -259,6 +321,45 @@ mod tests {
     }
 
     #[test]
+    fn a_hook_of_create_has_no_more_than_the_program() {
+        // Only root has something to take away.
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("out");
+        let script = format!(
+            "grep -E 'Cap|NoNew|Umask' /proc/self/status > {}",
+            out.display()
+        );
+        let mut spec = spec(&format!(
+            r#""createContainer":[{{"path":"/bin/sh","args":["sh","-c","{script}"],"timeout":10}}]"#
+        ));
+        let caps = r#"["CAP_CHOWN","CAP_KILL"]"#;
+        let process = format!(
+            r#"{{"user":{{"uid":5,"gid":5}},"args":["x"],"cwd":"/","noNewPrivileges":true,
+                "capabilities":{{"bounding":{caps},"permitted":{caps},"effective":{caps}}}}}"#
+        );
+        spec.set_process(serde_json::from_str(&process).unwrap());
+        create_container(&spec, &identity(), None).unwrap();
+        let text = std::fs::read_to_string(out).unwrap();
+        for (name, value) in [
+            ("CapInh", "0000000000000000"),
+            ("CapPrm", "0000000000000021"),
+            ("CapEff", "0000000000000021"),
+            ("CapBnd", "0000000000000021"),
+            ("CapAmb", "0000000000000000"),
+            ("NoNewPrivs", "1"),
+            ("Umask", "0022"),
+        ] {
+            assert!(
+                text.contains(&format!("{name}:\t{value}\n")),
+                "{name}: {text}"
+            );
+        }
+    }
+
+    #[test]
     fn a_hook_that_fails_or_hangs_is_told_by_name() {
         let error = started(r#"{"path":"/bin/sh","args":["sh","-c","echo why >&2; exit 3"]}"#);
         let error = error.unwrap_err();
@@ -273,6 +374,15 @@ mod tests {
                 .unwrap_err()
                 .contains("no such file")
         );
+    }
+
+    #[test]
+    fn the_hooks_of_create_have_the_time_of_all_or_no_limit() {
+        let time = |hooks: &str| time_to_create(&spec(&format!(r#""createContainer":[{hooks}]"#)));
+        let (two, none) = (r#"{"path":"/x","timeout":2}"#, r#"{"path":"/x"}"#);
+        assert_eq!(time(""), Some(Duration::ZERO));
+        assert_eq!(time(&format!("{two},{two}")), Some(Duration::from_secs(4)));
+        assert_eq!(time(&format!("{two},{none}")), None);
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::{
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     process::{Command, Stdio},
     sync::Arc,
+    time::Duration,
 };
 
 use rustix::{
@@ -18,12 +19,24 @@ use tokio::{
     sync::watch,
 };
 
-use super::control::{COPY_ARG, Report, Work, receive};
+use super::{
+    control::{COPY_ARG, Report, Work, receive},
+    hooks,
+};
 use crate::{
     error::{Context, Error, Result},
-    reaper::{Reaped, Reaper},
+    reaper::{Launch, Reaped, Reaper},
     sys,
 };
+
+/// Time that the set-up of an exec has. The container may stop or freeze the process, which is among its own by then.
+const EXEC_PATIENCE: Duration = Duration::from_secs(60);
+
+/// Time that the set-up of a container has, beside its hooks: it may copy folders, and read them from a slow host.
+const CREATE_PATIENCE: Duration = Duration::from_secs(300);
+
+/// A child, and its end.
+type Claimed = (u32, watch::Receiver<Option<Reaped>>);
 
 /// The container process's ends of its standard streams; `None` is the null device.
 #[derive(Default)]
@@ -81,69 +94,102 @@ pub async fn prepare(
     .step(|| "make a socket pair".into())?;
     rustix::io::ioctl_fionbio(&ours, true).step(|| "set up the socket pair".into())?;
     let control = sys::watch(ours, Interest::READABLE).step(|| "watch the socket pair".into())?;
-    let work = memory_file(work)?;
+    let file = memory_file(work)?;
     // From here on a child may end before its pid is known: the reaper keeps unknown ends until the launch is over.
     let launch = reaper.launch();
-    spawn_copy(&theirs, &work, cgroup, others, stdio)?;
-    drop((theirs, work));
+    let copy = spawn_copy(&theirs, &file, cgroup, others, stdio)?;
+    drop((theirs, file));
+    // Its number is claimed so that its end is not taken for that of a later process.
+    let copy = (copy, launch.claim(copy));
 
-    let mut pid = None;
-    let mut pty = None;
-    loop {
-        let report = match next(&control).await {
-            Ok(report) => report,
-            Err(error) => return Err(unprepared(error, pid)),
-        };
-        match report {
-            Some((Report::Pid(number), _)) => pid = Some((number, launch.claim(number))),
-            Some((Report::Pty, fd)) => pty = fd,
-            Some((Report::Ready, _)) => {
-                let Some((pid, reaped)) = pid else {
-                    // The process's own report may overtake the copy's: the pid comes next.
-                    match next(&control).await {
-                        Ok(Some((Report::Pid(number), _))) => {
-                            let reaped = launch.claim(number);
-                            return Ok(Prepared {
-                                pid: number,
-                                reaped,
-                                pty,
-                                control,
-                            });
-                        }
-                        _ => {
-                            let text = "the set-up process told no pid".to_string();
-                            return Err(Error::State(text).into());
-                        }
-                    }
-                };
-                return Ok(Prepared {
-                    pid,
-                    reaped,
-                    pty,
-                    control,
-                });
-            }
-            Some((Report::Failed { class, text }, _)) => {
-                // The copy's report of the pid may come after the process's of its failure.
-                if pid.is_none()
-                    && let Ok(Some((Report::Pid(number), _))) = next(&control).await
-                {
-                    pid = Some((number, launch.claim(number)));
-                }
-                return Err(unprepared(Error::Reported { class, text }, pid));
-            }
-            None => {
-                let text = "the set-up process ended without a report".to_string();
-                return Err(unprepared(Error::State(text), pid));
-            }
+    let mut process = None;
+    let reports = follow(&control, &launch, &mut process);
+    let followed = match patience(work) {
+        None => reports.await,
+        Some(limit) => match tokio::time::timeout(limit, reports).await {
+            Ok(followed) => followed,
+            Err(_) => Err(Error::State(format!(
+                "the process was not set up within {} s",
+                limit.as_secs()
+            ))),
+        },
+    };
+    let error = match (followed, process) {
+        (Ok(pty), Some((pid, reaped))) => {
+            return Ok(Prepared {
+                pid,
+                reaped,
+                pty,
+                control,
+            });
         }
+        (followed, claimed) => {
+            process = claimed;
+            let untold = || Error::State("the set-up process told no pid".into());
+            followed.err().unwrap_or_else(untold)
+        }
+    };
+    // Most often they are ending already; one that is stopped would not.
+    for claimed in [Some(&copy), process.as_ref()].into_iter().flatten() {
+        kill(claimed);
+    }
+    Err(Unprepared {
+        error,
+        reaped: process.map(|(_, reaped)| reaped),
+    })
+}
+
+/// How long the set-up may take; `None` without a limit, which a hook decides.
+fn patience(work: &Work) -> Option<Duration> {
+    match work {
+        Work::Create { spec, .. } => {
+            hooks::time_to_create(spec).map(|hooks| hooks.saturating_add(CREATE_PATIENCE))
+        }
+        Work::Exec { .. } => Some(EXEC_PATIENCE),
     }
 }
 
-fn unprepared(error: Error, pid: Option<(u32, watch::Receiver<Option<Reaped>>)>) -> Unprepared {
-    Unprepared {
-        error,
-        reaped: pid.map(|(_, reaped)| reaped),
+/// Follows the reports until the process is ready; answers the master of its pty. Its pid goes to `process` as soon as it is told.
+async fn follow(
+    control: &AsyncFd<OwnedFd>,
+    launch: &Launch,
+    process: &mut Option<Claimed>,
+) -> Result<Option<OwnedFd>> {
+    let mut pty = None;
+    let mut ready = false;
+    // The process's own reports may overtake the copy's of its pid.
+    while !ready || process.is_none() {
+        match next(control).await? {
+            Some((Report::Pid(number), _)) if process.is_none() => {
+                *process = Some((number, launch.claim(number)));
+            }
+            Some((Report::Pty, fd)) => pty = fd,
+            Some((Report::Ready, _)) => ready = true,
+            Some((Report::Failed { class, text }, _)) => {
+                if process.is_none()
+                    && let Ok(Some((Report::Pid(number), _))) = next(control).await
+                {
+                    *process = Some((number, launch.claim(number)));
+                }
+                return Err(Error::Reported { class, text });
+            }
+            Some((report, _)) => {
+                return Err(Error::State(format!("unexpected report {report:?}")));
+            }
+            None => {
+                let text = "the set-up process ended without a report";
+                return Err(Error::State(text.into()));
+            }
+        }
+    }
+    Ok(pty)
+}
+
+/// Kills a child. Until it is reaped, which happens on this thread, the number is its own.
+fn kill((pid, reaped): &Claimed) {
+    let pid = rustix::process::Pid::from_raw(pid.cast_signed());
+    if let (Some(pid), None) = (pid, *reaped.borrow()) {
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
     }
 }
 
@@ -178,14 +224,14 @@ fn memory_file(work: &Work) -> Result<OwnedFd> {
     Ok(file.into())
 }
 
-/// Starts the copy. The agent has one thread, so no other child can inherit what is inheritable here for a moment.
+/// Starts the copy; answers its pid. The agent has one thread, so no other child can inherit what is inheritable here for a moment.
 fn spawn_copy(
     control: &OwnedFd,
     work: &OwnedFd,
     cgroup: BorrowedFd<'_>,
     others: &[OwnedFd],
     stdio: ChildStdio,
-) -> Result<()> {
+) -> Result<u32> {
     let stream = |fd: Option<OwnedFd>| fd.map_or_else(Stdio::null, Stdio::from);
     let mut fds = vec![control.as_fd(), work.as_fd(), cgroup];
     fds.extend(others.iter().map(AsFd::as_fd));
@@ -206,5 +252,70 @@ fn spawn_copy(
     let spawned = command.spawn();
     inherit(FdFlags::CLOEXEC)?;
     // The reaper waits for it; what it has to say comes over the socket.
-    spawned.map(drop).step(|| "start the set-up process".into())
+    spawned
+        .map(|copy| copy.id())
+        .step(|| "start the set-up process".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{container::control::send, reaper::now};
+
+    async fn followed(reports: &[Report]) -> (Result<Option<OwnedFd>>, Option<u32>) {
+        let (ours, theirs) = rustix::net::socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::NONBLOCK,
+            None,
+        )
+        .unwrap();
+        for report in reports {
+            send(theirs.as_fd(), report, None).unwrap();
+        }
+        drop(theirs);
+        let control = sys::watch(ours, Interest::READABLE).unwrap();
+        let reaper = Arc::new(Reaper::default());
+        let mut process = None;
+        let result = follow(&control, &reaper.launch(), &mut process).await;
+        (result, process.map(|(pid, _)| pid))
+    }
+
+    #[tokio::test]
+    async fn the_pid_may_come_last_but_once() {
+        let (result, pid) = followed(&[Report::Ready, Report::Pid(7)]).await;
+        assert!(result.is_ok());
+        assert_eq!(pid, Some(7));
+        let (result, pid) = followed(&[Report::Pid(7), Report::Pid(8), Report::Ready]).await;
+        assert!(result.unwrap_err().text().contains("unexpected report"));
+        assert_eq!(pid, Some(7));
+        let (result, pid) = followed(&[Report::Ready]).await;
+        assert!(result.unwrap_err().text().contains("without a report"));
+        assert_eq!(pid, None);
+    }
+
+    #[tokio::test]
+    async fn a_failure_is_told_with_the_pid_that_comes_after_it() {
+        let failed = Report::from(&Error::State("why".into()));
+        let (result, pid) = followed(&[failed, Report::Pid(7)]).await;
+        assert_eq!(result.unwrap_err().text(), "why");
+        assert_eq!(pid, Some(7));
+    }
+
+    #[test]
+    fn a_stopped_process_is_killed_and_an_ended_one_let_be() {
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = rustix::process::Pid::from_child(&child);
+        rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+        let ended = Reaped {
+            status: 0,
+            at: now(),
+        };
+        let (_sender, reaped) = watch::channel(Some(ended));
+        kill(&(child.id(), reaped));
+        assert!(child.try_wait().unwrap().is_none());
+        let (_sender, reaped) = watch::channel(None);
+        kill(&(child.id(), reaped));
+        assert!(!child.wait().unwrap().success());
+    }
 }

@@ -3,13 +3,15 @@
 use std::{
     collections::HashMap,
     ffi::{CString, OsStr},
+    fs::File,
+    io::Read,
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
 };
 
 use oci_spec::runtime::{LinuxPersonality, LinuxPersonalityDomain, Process, User};
 use rustix::{
-    fs::{Access, AtFlags, CWD, FileType, Gid, Mode, Uid},
+    fs::{Access, AtFlags, CWD, FileType, Gid, Mode, OFlags, Uid},
     io::Errno,
 };
 
@@ -27,6 +29,9 @@ const UNASKED_PROFILES: [&str; 5] = [
     "docker-default",
     "nerdctl-default",
 ];
+
+/// Bytes of an `/etc/passwd` that is read; a larger one counts as missing.
+const PASSWD_MAX: u64 = 1024 * 1024;
 
 /// Checks what can be checked without a process; refuses what is not enforced. `field` is the process's path in
 /// the spec.
@@ -95,27 +100,16 @@ pub fn set_oom_score_adj(value: Option<i32>) -> Result<()> {
     }
 }
 
-/// Makes the working folder if it is missing, as runc does, and enters it. Called before the user changes; a folder that
-/// only the user may enter is tried again after.
-pub fn enter_cwd(cwd: &Path, make: bool) -> Result<bool> {
-    if make {
-        match std::fs::create_dir_all(cwd) {
-            Err(error) if error.raw_os_error() != Some(libc::EROFS) => {
-                return Err(Error::step(
-                    format!("process.cwd: make {}", cwd.display()),
-                    error,
-                ));
-            }
-            _ => {}
-        }
-    }
+/// Enters the working folder; answers whether it could. With `again`, before the user changes, a folder that only the user may
+/// enter is no error: it is tried again after.
+pub fn enter_cwd(cwd: &Path, again: bool) -> Result<bool> {
     match rustix::process::chdir(cwd) {
         // A way of /proc/self/fd could lead to a folder that is not in the container.
         Ok(()) => match rustix::process::getcwd(Vec::new()) {
             Ok(inside) if inside.to_bytes().starts_with(b"/") => Ok(true),
             _ => Err(Error::field("process.cwd", "is outside of the container")),
         },
-        Err(Errno::ACCESS | Errno::PERM) if make => Ok(false),
+        Err(Errno::ACCESS | Errno::PERM) if again => Ok(false),
         Err(error) => {
             let what = format!(
                 "chdir to cwd ({:?}) set in config.json failed",
@@ -168,6 +162,41 @@ pub fn own_stdio(uid: u32) -> Result<()> {
     Ok(())
 }
 
+/// Puts the container's null device in the place of the guest's: whoever holds that as a stream could change mode and owner of a
+/// node that all containers are masked with. Where `/dev/null` is something else, the streams stay.
+pub fn reopen_null() -> Result<()> {
+    let is_null = |stat: rustix::fs::Stat| {
+        FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice
+            && stat.st_rdev == rustix::fs::makedev(1, 3)
+    };
+    let [stdin, stdout, stderr] = [
+        rustix::stdio::stdin(),
+        rustix::stdio::stdout(),
+        rustix::stdio::stderr(),
+    ]
+    .map(|fd| rustix::fs::fstat(fd).is_ok_and(is_null));
+    // Looked at before it is opened: to open another device may do something.
+    if !(stdin || stdout || stderr) || !rustix::fs::stat("/dev/null").is_ok_and(is_null) {
+        return Ok(());
+    }
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let null = match rustix::fs::open("/dev/null", flags, Mode::empty()) {
+        Ok(null) if rustix::fs::fstat(&null).is_ok_and(is_null) => null,
+        _ => return Ok(()),
+    };
+    let what = || "open /dev/null as a standard stream".to_string();
+    if stdin {
+        rustix::stdio::dup2_stdin(&null).step(what)?;
+    }
+    if stdout {
+        rustix::stdio::dup2_stdout(&null).step(what)?;
+    }
+    if stderr {
+        rustix::stdio::dup2_stderr(&null).step(what)?;
+    }
+    Ok(())
+}
+
 /// Becomes root of the user namespace that the process is in. Until then its files would belong to nobody there.
 pub fn become_inner_root() -> Result<()> {
     let what = || "become root of the user namespace".to_string();
@@ -216,7 +245,7 @@ pub fn environment(process: &Process) -> Vec<String> {
     }
     let home = places.get("HOME").copied();
     if home.is_none_or(|place| env.get(place).is_some_and(|entry| entry == "HOME=")) {
-        let passwd = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
+        let passwd = read_passwd(Path::new("/etc/passwd")).unwrap_or_default();
         let folder = home_of(&passwd, process.user().uid()).unwrap_or("/");
         let entry = format!("HOME={folder}");
         match home.and_then(|place| env.get_mut(place)) {
@@ -225,6 +254,20 @@ pub fn environment(process: &Process) -> Vec<String> {
         }
     }
     env
+}
+
+/// The file is the container's, and may be a pipe that nobody writes or a device without end: only a regular file is read.
+fn read_passwd(path: &Path) -> Option<String> {
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let file = File::from(rustix::fs::open(path, flags, Mode::empty()).ok()?);
+    let about = file.metadata().ok()?;
+    if !about.is_file() || about.len() > PASSWD_MAX {
+        return None;
+    }
+    let mut text = String::new();
+    // Files of /proc tell no length.
+    file.take(PASSWD_MAX).read_to_string(&mut text).ok()?;
+    Some(text)
 }
 
 fn home_of(passwd: &str, uid: u32) -> Option<&str> {
@@ -406,6 +449,39 @@ mod tests {
             find_executable("tool", &env).unwrap(),
             b.path().join("tool")
         );
+    }
+
+    #[test]
+    fn null_streams_become_the_containers_and_others_stay() {
+        let mut command = std::process::Command::new("grep");
+        command
+            .args(["flags", "/proc/self/fdinfo/0"])
+            .stdin(std::process::Stdio::null());
+        sys::before_exec(&mut command, || {
+            reopen_null().map_err(std::io::Error::other)
+        });
+        let output = command.output().unwrap();
+        // It was opened to read; the other one is for both.
+        let flags = String::from_utf8(output.stdout).unwrap();
+        assert!(flags.trim_end().ends_with('2'), "{flags}");
+    }
+
+    #[test]
+    fn a_passwd_that_is_no_file_or_has_no_end_is_none() {
+        use std::os::unix::fs::symlink;
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        rustix::fs::mkfifoat(CWD, at("pipe"), Mode::from_raw_mode(0o600)).unwrap();
+        symlink("/dev/zero", at("zero")).unwrap();
+        File::create(at("large"))
+            .unwrap()
+            .set_len(PASSWD_MAX + 1)
+            .unwrap();
+        for name in ["pipe", "zero", "large", ".", "missing"] {
+            assert_eq!(read_passwd(&at(name)), None, "{name}");
+        }
+        std::fs::write(at("passwd"), "x").unwrap();
+        assert_eq!(read_passwd(&at("passwd")).as_deref(), Some("x"));
     }
 
     #[test]

@@ -6,7 +6,9 @@ use std::{io, os::fd::OwnedFd};
 use netlink_packet_core::{
     Emitable, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NlasIterator,
 };
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink::SocketAddrNetlink,
+};
 
 /// Largest message that the kernel sends in a dump.
 const MESSAGE_MAX: usize = 32 * 1024;
@@ -42,6 +44,8 @@ impl Netlink {
             SocketFlags::CLOEXEC,
             None, // NETLINK_ROUTE is 0
         )?;
+        // Connected to the kernel: what others send to its port is not taken.
+        rustix::net::connect(&socket, &SocketAddrNetlink::new(0, 0))?;
         Ok(Self {
             socket,
             sequence: 0,
@@ -86,12 +90,13 @@ impl Netlink {
         Ok(())
     }
 
-    /// Takes messages until the last one of the answer to the last request.
+    /// Takes messages until the last one of the answer to the last request. The kernel has answered when the request is sent, so
+    /// there is nothing to wait for: the agent's one thread must not block.
     fn receive(&mut self, mut take: impl FnMut(u16, &[u8])) -> io::Result<()> {
         let mut buffer = vec![0u8; MESSAGE_MAX];
         loop {
             let (length, _) =
-                rustix::net::recv(&self.socket, buffer.as_mut_slice(), RecvFlags::empty())?;
+                rustix::net::recv(&self.socket, buffer.as_mut_slice(), RecvFlags::DONTWAIT)?;
             let mut rest = buffer.get(..length).unwrap_or_default();
             while let Some((kind, sequence, body, next)) = split(rest) {
                 rest = next;
@@ -144,4 +149,27 @@ fn link(body: &[u8]) -> Option<Link> {
         }
     }
     Some(link)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_kernel_has_not_answered_is_not_waited_for() {
+        let mut socket = Netlink::open().unwrap();
+        let error = socket.receive(|_, _| ()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        assert!(socket.links().unwrap().iter().any(|link| link.name == "lo"));
+    }
+
+    #[test]
+    fn a_message_of_another_process_does_not_arrive() {
+        let ours = Netlink::open().unwrap();
+        let address = rustix::net::getsockname(&ours.socket).unwrap();
+        let address = SocketAddrNetlink::try_from(address).unwrap();
+        let other = Netlink::open().unwrap();
+        let sent = rustix::net::sendto(&other.socket, &[0; HEADER], SendFlags::empty(), &address);
+        assert!(sent.is_err());
+    }
 }

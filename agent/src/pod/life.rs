@@ -6,6 +6,7 @@
 use std::{
     os::fd::{AsFd, OwnedFd},
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use bulkhead_protocol::agent::Phase;
@@ -35,6 +36,9 @@ pub struct Exit {
     /// Its pid while it ran; 0 if it never did.
     pub pid: u32,
 }
+
+/// Time that a process which could not be set up has for its end.
+const KILL_PATIENCE: Duration = Duration::from_secs(10);
 
 enum State {
     /// An exec that waits for its start.
@@ -153,9 +157,11 @@ impl Process {
         let mut prepared = match prepared {
             Ok(prepared) => prepared,
             Err(failed) => {
-                // It is on its way out; the cgroup can be removed once it is reaped.
+                // It is on its way out; the cgroup can be removed once it is reaped. In a file system of the container's it may
+                // hang in spite of SIGKILL.
                 if let Some(mut reaped) = failed.reaped {
-                    let _ = reaped.wait_for(Option::is_some).await;
+                    let ended = reaped.wait_for(Option::is_some);
+                    let _ = tokio::time::timeout(KILL_PATIENCE, ended).await;
                 }
                 return Err(failed.error);
             }

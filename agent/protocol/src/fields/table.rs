@@ -99,7 +99,7 @@ pub const FIELDS: &[Field] = &[
     enforced("hooks.createRuntime.args", ""),
     enforced("hooks.createRuntime.env", "nothing else is in the environment"),
     enforced("hooks.createRuntime.timeout", "seconds; then the hook's process group is killed, and the hook has failed"),
-    enforced("hooks.createContainer.path", "in the guest, in the container's mount namespace before its root is entered; the program is one of the container's rootfs"),
+    enforced("hooks.createContainer.path", "in the guest, in the container when its root is entered and masked, and not read-only yet; as its root with the process's capabilities, seccomp filter and noNewPrivileges; the program is one of the container's rootfs"),
     enforced("hooks.createContainer.args", ""),
     enforced("hooks.createContainer.env", "nothing else is in the environment"),
     enforced("hooks.createContainer.timeout", "seconds; then the hook's process group is killed, and the hook has failed"),
