@@ -46,7 +46,8 @@ fn main() {
 }
 
 fn serve() -> anyhow::Result<()> {
-    // One thread: a fork of the agent must never find a lock held by another thread.
+    // One thread beside those of standard streams, which start nothing. Set-up happens in copies that are executed anew, so a fork never
+    // finds a lock held by another thread.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

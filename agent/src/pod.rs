@@ -37,7 +37,7 @@ use crate::{
     error::{Context, Error, Result},
     network::PodNetwork,
     reaper::Reaper,
-    streams::Flags,
+    streams::{Flags, Pumps},
 };
 
 pub use life::Exit;
@@ -48,6 +48,8 @@ struct Container {
     shared: Shared,
     init: Arc<Process>,
     execs: HashMap<String, Arc<Process>>,
+    /// Of the streams of all of them; none before the first.
+    pumps: Option<Pumps>,
 }
 
 /// All containers of the pod.
@@ -167,8 +169,9 @@ impl Pod {
                 || namespaces::is_joined(&spec, LinuxNamespaceType::Cgroup),
         };
         reach("agent.cgroup").step(|| "make the cgroup".into())?;
+        let mut pumps = None;
+        let process = Process::new(flags, None, &mut pumps)?;
         let cgroup = Cgroup::create(&identity.id, &spec, &shared.ids)?;
-        let process = Process::new(flags, None);
         let work = Work::Create {
             spec: Box::new(spec),
             rootfs,
@@ -206,6 +209,7 @@ impl Pod {
                     shared,
                     init: process,
                     execs: HashMap::new(),
+                    pumps,
                 };
                 Ok((container, pid))
             }
@@ -271,7 +275,7 @@ impl Pod {
             if container.execs.len() >= EXECS_MAX {
                 return Err(Error::Limit("the container has too many execs".into()));
             }
-            let process = Process::new(flags, Some(spec));
+            let process = Process::new(flags, Some(spec), &mut container.pumps)?;
             container.execs.insert(name.clone(), process);
             Ok(())
         })

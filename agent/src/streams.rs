@@ -3,16 +3,22 @@
 //! A pump a stream. It holds at most one buffer, reads only while a connection is there (else the pipe fills and the
 //! process waits), and outlives its connection: data that was not taken goes to the next one. It ends at the end of the pipe, or when
 //! the process is deleted: what is in the pipe then is still delivered to a connection that is there.
+//!
+//! The pumps of a container have a thread of their own. A process can keep whoever reads, writes or closes the other end of its pipe
+//! waiting in the kernel, also without blocking mode: splice(2) holds the pipe's lock while it waits for its other side. The agent must
+//! not wait for it, nor another container.
 
 use std::{
     io,
     os::fd::OwnedFd,
     sync::{Arc, Mutex, PoisonError},
+    thread,
 };
 
 use bulkhead_protocol::{limits::STREAM_BUFFER, stream::StreamKind};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWriteExt, Interest, unix::AsyncFd},
+    runtime::{Builder, Handle},
     sync::{mpsc, oneshot, watch},
 };
 use tokio_vsock::VsockStream;
@@ -42,6 +48,53 @@ pub struct Flags {
     pub terminal: bool,
 }
 
+/// The thread of a container's pumps. It ends with the last of them, and the last copy of this.
+#[derive(Clone)]
+pub struct Pumps {
+    runtime: Handle,
+    needed: mpsc::Sender<()>,
+}
+
+impl Pumps {
+    /// Bytes of the thread's stack.
+    const STACK: usize = 128 * 1024;
+
+    /// Starts the thread.
+    pub fn start() -> Result<Self> {
+        let what = || "start the pumps of standard streams".to_string();
+        let runtime = Builder::new_current_thread();
+        let runtime = { runtime }.enable_io().build().step(what)?;
+        let handle = runtime.handle().clone();
+        let (needed, mut unneeded) = mpsc::channel(1);
+        thread::Builder::new()
+            .name("pumps".into())
+            .stack_size(Self::STACK)
+            .spawn(move || runtime.block_on(unneeded.recv()))
+            .step(what)?;
+        Ok(Self {
+            runtime: handle,
+            needed,
+        })
+    }
+
+    fn spawn(&self, pump: impl Future<Output = ()> + Send + 'static) {
+        let needed = self.needed.clone();
+        self.runtime.spawn(async move {
+            pump.await;
+            drop(needed);
+        });
+    }
+
+    /// An end of a pipe or pty for a pump.
+    fn watch(&self, fd: OwnedFd, interest: Interest) -> Result<Pipe> {
+        let _within = self.runtime.enter();
+        rustix::io::ioctl_fionbio(&fd, true).step(|| "set up a standard stream".into())?;
+        sys::watch(fd, interest)
+            .map(Arc::new)
+            .step(|| "watch a standard stream".into())
+    }
+}
+
 struct Stream {
     connections: mpsc::Sender<VsockStream>,
     pipe: Mutex<Option<oneshot::Sender<Pipe>>>,
@@ -52,32 +105,39 @@ struct Stream {
 /// All streams of a process. Dropping it ends the pumps.
 pub struct Streams {
     flags: Flags,
+    /// None without streams.
+    pumps: Option<Pumps>,
     stdin: Option<Stream>,
     stdout: Option<Stream>,
     stderr: Option<Stream>,
 }
 
 impl Streams {
-    /// Makes the pumps; connections can come from now on.
-    pub fn new(flags: Flags) -> Self {
-        let output = |wanted: bool| wanted.then(|| Stream::spawn(pump_output));
+    /// Makes the pumps, in the container's thread for them, which is made for the first; connections can come from now on.
+    pub fn new(flags: Flags, pumps: &mut Option<Pumps>) -> Result<Self> {
         let terminal = flags.terminal;
-        Self {
-            flags,
-            stdin: flags
-                .stdin
-                .then(|| Stream::spawn(move |pump| pump_input(pump, terminal))),
-            stdout: output(flags.stdout),
-            stderr: output(flags.stderr && !flags.terminal),
+        let wanted = flags.stdin || flags.stdout || flags.stderr && !terminal;
+        if wanted && pumps.is_none() {
+            *pumps = Some(Pumps::start()?);
         }
+        let pumps = pumps.as_ref().filter(|_| wanted);
+        let output = |wanted: bool| Some(Stream::spawn(pumps.filter(|_| wanted)?, pump_output));
+        let input = |pump| pump_input(pump, terminal);
+        Ok(Self {
+            flags,
+            pumps: pumps.cloned(),
+            stdin: (pumps.filter(|_| flags.stdin)).map(|pumps| Stream::spawn(pumps, input)),
+            stdout: output(flags.stdout),
+            stderr: output(flags.stderr && !terminal),
+        })
     }
 
     /// Makes the pipes: the agent's ends go to the pumps, the others are returned for the process.
     pub fn open_pipes(&self) -> Result<ChildStdio> {
         let mut child = ChildStdio::default();
-        if self.flags.terminal {
+        let (Some(pumps), false) = (&self.pumps, self.flags.terminal) else {
             return Ok(child);
-        }
+        };
         for (stream, slot, ours_writes) in [
             (&self.stdin, &mut child.stdin, true),
             (&self.stdout, &mut child.stdout, false),
@@ -97,14 +157,19 @@ impl Streams {
             } else {
                 Interest::READABLE
             };
-            stream.give(watched(ours, interest)?);
+            stream.give(pumps.watch(ours, interest)?);
         }
         Ok(child)
     }
 
     /// Gives the pty's master to the pumps; answers it for resizing.
     pub fn set_pty(&self, master: OwnedFd) -> Result<Pipe> {
-        let master = watched(master, Interest::READABLE | Interest::WRITABLE)?;
+        let interest = Interest::READABLE | Interest::WRITABLE;
+        let master = match &self.pumps {
+            Some(pumps) => pumps.watch(master, interest),
+            // Nobody reads or writes it.
+            None => Pumps::start()?.watch(master, interest),
+        }?;
         for stream in [&self.stdin, &self.stdout].into_iter().flatten() {
             stream.give(Arc::clone(&master));
         }
@@ -131,13 +196,6 @@ impl Streams {
     }
 }
 
-fn watched(fd: OwnedFd, interest: Interest) -> Result<Pipe> {
-    rustix::io::ioctl_fionbio(&fd, true).step(|| "set up a standard stream".into())?;
-    sys::watch(fd, interest)
-        .map(Arc::new)
-        .step(|| "watch a standard stream".into())
-}
-
 /// What a pump works with.
 struct Pump {
     connections: mpsc::Receiver<VsockStream>,
@@ -146,14 +204,14 @@ struct Pump {
 }
 
 impl Stream {
-    fn spawn<F>(pump: impl FnOnce(Pump) -> F) -> Self
+    fn spawn<F>(pumps: &Pumps, pump: impl FnOnce(Pump) -> F) -> Self
     where
         F: Future<Output = ()> + Send + 'static,
     {
         let (connections, from_connections) = mpsc::channel(4);
         let (pipe, from_pipe) = oneshot::channel();
         let (end, from_end) = watch::channel(false);
-        tokio::spawn(pump(Pump {
+        pumps.spawn(pump(Pump {
             connections: from_connections,
             pipe: from_pipe,
             end: from_end,

@@ -23,7 +23,7 @@ use crate::{
     },
     error::{Context, Error, Result},
     reaper::{Reaped, Reaper, now},
-    streams::{Flags, Streams},
+    streams::{Flags, Pumps, Streams},
 };
 
 /// How a process ended.
@@ -79,17 +79,21 @@ pub struct Process {
 }
 
 impl Process {
-    /// An exec to be started by its spec, or an init that is being made.
-    pub fn new(flags: Flags, exec: Option<ProcessSpec>) -> Arc<Self> {
+    /// An exec to be started by its spec, or an init that is being made; `pumps` are its container's.
+    pub fn new(
+        flags: Flags,
+        exec: Option<ProcessSpec>,
+        pumps: &mut Option<Pumps>,
+    ) -> Result<Arc<Self>> {
         let state = exec.map_or(State::Starting, |spec| State::Registered(Box::new(spec)));
-        Arc::new(Self {
+        Ok(Arc::new(Self {
             flags,
-            streams: Streams::new(flags),
+            streams: Streams::new(flags, pumps)?,
             state: Mutex::new(state),
             alive: Mutex::new(None),
             pty: Mutex::new(None),
             exit: watch::Sender::new(None),
-        })
+        }))
     }
 
     /// Its pid, as long as it is not reaped.

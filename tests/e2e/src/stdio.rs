@@ -17,6 +17,18 @@ use sha2::{Digest, Sha256};
 use crate::stdio;
 
 const BUSYBOX: &[Image] = &[Image::Busybox];
+/// Holds the lock of its stdout's pipe: splice(2) waits for a socket from which nothing comes. What was written before has to be still
+/// unread then, so whoever reads it is kept busy by stderr.
+const HOLD: &str = "
+import os, socket, time
+if os.fork() == 0:
+    while True:
+        os.write(2, b'y' * 4096)
+a, b = socket.socketpair()
+time.sleep(0.3)
+os.write(1, b'x')
+os.splice(a.fileno(), 1, 4096)
+";
 /// Memory of the machine, in MiB, that is not counted as growth.
 const MACHINE: u64 = 512;
 /// Growth that a transfer may cost a process, in KiB.
@@ -38,6 +50,12 @@ pub const TESTS: &[Test] = &[
     ),
     test!(stdio::bulk_in_an_exec_both_ways, BUSYBOX, ANY),
     test!(stdio::stderr_flood_arrives_whole, BUSYBOX, ANY).fast_host(),
+    test!(
+        stdio::pipe_held_by_its_process_stops_nobody_else,
+        &[Image::Busybox, Image::Python],
+        MACHINES
+    )
+    .fast_host(),
     test!(stdio::output_right_before_the_end_is_not_lost, BUSYBOX, ANY),
     test!(
         stdio::reader_that_is_stuck_stops_only_its_writer,
@@ -258,6 +276,24 @@ fn output_right_before_the_end_is_not_lost(suite: &Suite) -> Outcome {
             .ok()?;
         ensure_eq!("lines", output.text().lines().count(), 20001);
         ensure!(output.text().ends_with("20000\nlast"), "the end is lost");
+    }
+    Ok(())
+}
+
+fn pipe_held_by_its_process_stops_nobody_else(suite: &Suite) -> Outcome {
+    let run = suite.run(Image::Python).args(&["sleep", "1000000"]);
+    let pod = run.detach()?;
+    // One in four meets a reader that is about to read.
+    let held = (0..8).map(|_| pod.exec(&["python3", "-c", HOLD]).spawn());
+    let held = held.collect::<Outcome<Vec<_>>>()?;
+    std::thread::sleep(suite.scale.seconds(3));
+    let joined = format!("io.kubernetes.cri.sandbox-id={}", pod.name());
+    let beside = suite.busybox().flags(&["--annotation", &joined]);
+    let beside = beside.args(&["echo", "on"]).seconds(20).output()?;
+    ensure_eq!("a container beside", beside.ok()?.text(), "on");
+    ensure_eq!("exit status", pod.end()?, 137);
+    for exec in held {
+        ensure_eq!("exec's exit status", exec.wait()?.status, 137);
     }
     Ok(())
 }
