@@ -1,6 +1,6 @@
 //! The pod's containers and their processes: the state behind the service.
 //!
-//! One lock holds the containers and is never held over an await. The agent has one thread and reaps only in its event loop, so a
+//! One lock holds the containers and is never held over an await. The agent works on one thread and reaps only in its event loop, so a
 //! pid that is not marked as reaped is still its process's. What a process goes through is in `pod/life.rs`.
 
 mod life;

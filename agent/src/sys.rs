@@ -186,9 +186,10 @@ pub fn join_session_keyring() -> io::Result<()> {
     }
 }
 
-/// Moves the calling process into new namespaces. Only for a single-threaded caller.
+/// Moves the calling thread into new namespaces; a user, time or mount namespace only a process of one thread.
 pub fn unshare(flags: rustix::thread::UnshareFlags) -> io::Result<()> {
-    // SAFETY: without CLONE_FILES and CLONE_FS no descriptor or folder shared with another thread changes; the caller has one thread.
+    // SAFETY: without CLONE_FILES and CLONE_FS no descriptor or folder shared with another thread changes, and the namespaces are
+    // the calling thread's alone.
     unsafe { rustix::thread::unshare_unsafe(flags) }.map_err(io::Error::from)
 }
 

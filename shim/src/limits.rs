@@ -49,6 +49,9 @@ pub const READY_CONNECTIONS: usize = 8;
 /// Test: `a_frame_above_the_cap_ends_the_connection_before_its_body`.
 pub const AGENT_FRAME: usize = 256 << 10;
 
+/// Queries to the resolver that connect at once: each takes one of the worker's 8 threads for what blocks.
+pub const RESOLVER_CONNECTS: usize = 4;
+
 /// Longest text of the agent's that is passed on, in bytes.
 /// Test: `what_the_agent_says_is_cut_and_has_no_control_characters`.
 pub const AGENT_TEXT: usize = 2000;

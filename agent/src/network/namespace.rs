@@ -1,5 +1,5 @@
 //! A network namespace, held by a descriptor. The agent stays in the guest's first one and enters another only for as long as it takes
-//! to open something in there: it has one thread and none of this awaits.
+//! to open something in there: it works on one thread and none of this awaits.
 
 use std::{
     fs::File,

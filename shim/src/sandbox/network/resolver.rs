@@ -18,6 +18,7 @@ use tokio::{
 };
 
 use super::Network;
+use crate::limits::RESOLVER_CONNECTS;
 
 /// Where dockerd listens; iptables of the namespace leads port 53 to the port it really has.
 const ADDRESS: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 11);
@@ -43,11 +44,18 @@ fn listens(table: &str) -> bool {
 }
 
 /// The queries of a pod that are under way.
-pub struct Queries(Arc<Semaphore>);
+pub struct Queries {
+    all: Arc<Semaphore>,
+    /// Those that still connect, which takes a thread.
+    connecting: Arc<Semaphore>,
+}
 
 impl Default for Queries {
     fn default() -> Self {
-        Self(Arc::new(Semaphore::new(RESOLVER_QUERIES_MAX)))
+        Self {
+            all: Arc::new(Semaphore::new(RESOLVER_QUERIES_MAX)),
+            connecting: Arc::new(Semaphore::new(RESOLVER_CONNECTS)),
+        }
     }
 }
 
@@ -58,11 +66,12 @@ impl Queries {
     }
 
     fn answer_by(&self, stream: UnixStream, network: Arc<Network>, port: u16) {
-        let Ok(permit) = self.0.clone().try_acquire_owned() else {
+        let Ok(permit) = self.all.clone().try_acquire_owned() else {
             return;
         };
+        let connecting = self.connecting.clone();
         tokio::spawn(async move {
-            let answered = timeout(QUERY, ask(stream, network, port)).await;
+            let answered = timeout(QUERY, ask(stream, network, port, connecting)).await;
             if let Ok(Err(error)) = answered {
                 tracing::debug!(%error, "a query to 127.0.0.11");
             }
@@ -71,11 +80,20 @@ impl Queries {
     }
 }
 
-async fn ask(mut guest: UnixStream, network: Arc<Network>, port: u16) -> io::Result<()> {
+async fn ask(
+    mut guest: UnixStream,
+    network: Arc<Network>,
+    port: u16,
+    connecting: Arc<Semaphore>,
+) -> io::Result<()> {
+    let turn = connecting.acquire_owned().await.map_err(io::Error::other)?;
     let connected = tokio::task::spawn_blocking(move || {
         let to = SocketAddr::from((ADDRESS, port));
         let connect = || std::net::TcpStream::connect_timeout(&to, CONNECT);
-        network.namespace().run(connect)
+        let connected = network.namespace().run(connect);
+        // Also when nobody waits for it any more.
+        drop(turn);
+        connected
     });
     let stream = connected.await.map_err(io::Error::other)??;
     stream.set_nonblocking(true)?;
