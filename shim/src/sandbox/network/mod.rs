@@ -54,8 +54,8 @@ use self::{
     netlink::Netlink,
     note::Noted,
 };
-use super::{control, deadline};
-use crate::config::Engine;
+use super::{control, deadline, machine::printable};
+use crate::{config::Engine, limits::AGENT_TEXT};
 
 /// Queue pairs of a slot at most.
 const PAIRS_MAX: usize = 8;
@@ -106,9 +106,9 @@ pub enum Error {
         /// The limit.
         max: usize,
     },
-    /// The guest does not take it.
+    /// The guest does not take it, and says why.
     #[error("setting the guest's network: {0}")]
-    Agent(#[source] ttrpc::Error),
+    Agent(String),
     /// The pod is over.
     #[error("the pod's network is closed")]
     Closed,
@@ -541,7 +541,7 @@ async fn tell(
     }
     served.sent = None;
     let told = agent.set_network(deadline(SET), &request).await;
-    told.map_err(Error::Agent)?;
+    told.map_err(|error| Error::Agent(printable(&error.to_string(), AGENT_TEXT)))?;
     served.sent = Some(request);
     Ok(())
 }
