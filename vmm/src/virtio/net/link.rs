@@ -90,12 +90,17 @@ impl Running {
         let Some(link) = link else {
             return self.start_empty(id);
         };
-        rest(link.set_up);
-        link.set_up = Some(Instant::now());
         let mut queuing = lock(&self.queuing);
         queuing.taps.clone_from(&link.taps);
-        for (index, tap) in link.taps.iter().enumerate() {
-            set_up(tap, self.features, index < queuing.enabled)?;
+        let wanted = (self.features, queuing.enabled);
+        if link.set_up.is_none_or(|(_, done)| done != Some(wanted)) {
+            rest(link.set_up.map(|(at, _)| at));
+            let now = Instant::now();
+            link.set_up = Some((now, None));
+            for (index, tap) in link.taps.iter().enumerate() {
+                set_up(tap, self.features, index < queuing.enabled)?;
+            }
+            link.set_up = Some((now, Some(wanted)));
         }
         drop(queuing);
         let pairs = self.rings.iter().enumerate();
@@ -154,8 +159,13 @@ impl Running {
     /// Nobody serves the queues any more, and nobody but `link` holds its descriptors.
     pub fn stop(&mut self, link: Option<&mut Link>) {
         self.workers.clear();
-        lock(&self.queuing).taps.clear();
+        let mut queuing = lock(&self.queuing);
+        queuing.taps.clear();
         let Some(link) = link else { return };
+        if let Some((_, Some((_, enabled)))) = &mut link.set_up {
+            *enabled = queuing.enabled;
+        }
+        drop(queuing);
         for (vhost, rings) in link.vhosts.iter_mut().zip(&self.rings) {
             if let Some(rings) = rings {
                 vhost.stop(&mut lock(rings));

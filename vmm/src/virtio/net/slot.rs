@@ -87,8 +87,8 @@ pub(super) struct Link {
     pub rates: Option<Arc<Rates>>,
     pub taps: Vec<Arc<Tap>>,
     pub vhosts: Vec<Vhost>,
-    /// When the taps' queues were set up last.
-    pub set_up: Option<Instant>,
+    /// When the taps' queues were set up last, and for which features and number of pairs if it succeeded.
+    pub set_up: Option<(Instant, Option<(u64, usize)>)>,
 }
 
 /// See the module.
