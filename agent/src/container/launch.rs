@@ -224,7 +224,8 @@ fn memory_file(work: &Work) -> Result<OwnedFd> {
     Ok(file.into())
 }
 
-/// Starts the copy; answers its pid. The agent starts children on one thread alone, so no other child can inherit what is inheritable here for a moment.
+/// Starts the copy; answers its pid. The agent starts children on one thread alone, so no other child can inherit what is inheritable
+/// here for a moment.
 fn spawn_copy(
     control: &OwnedFd,
     work: &OwnedFd,
