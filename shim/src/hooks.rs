@@ -6,7 +6,8 @@
 //! | poststart | the program was started | start fails, the container is killed |
 //! | poststop | the container was deleted, or its creation failed | logged |
 //!
-//! The pid in the state is the container's on the host: the VMM's, or of a further container a thread's of it, in the pod's network namespace.
+//! The pid in the state is the container's on the host: the VMM's, or of a further container a thread's of it, in the pod's network
+//! namespace.
 //! Hooks come from containerd's client, who is root on this host anyway; they are run as they are, with nothing but their own environment.
 //! Poststop hooks are remembered in a file of the bundle, so that `delete` runs them if the shim dies.
 

@@ -69,9 +69,7 @@ pub fn create_container(
     container: &Identity,
     seccomp: Option<&LinuxSeccomp>,
 ) -> Result<()> {
-    let hooks = spec.hooks().as_ref();
-    let list = hooks.and_then(|hooks| hooks.create_container().as_deref());
-    let list = list.unwrap_or_default();
+    let list = of_create(spec);
     if list.is_empty() {
         return Ok(());
     }
@@ -108,13 +106,17 @@ pub fn start_container(spec: &Spec, container: &Identity) -> Result<()> {
 
 /// How long the createContainer hooks may take together; `None` if one of them has no limit.
 pub fn time_to_create(spec: &Spec) -> Option<Duration> {
-    let hooks = spec.hooks().as_ref();
-    let list = hooks.and_then(|hooks| hooks.create_container().as_deref());
-    list.unwrap_or_default()
+    of_create(spec)
         .iter()
         .try_fold(Duration::ZERO, |sum, hook| {
             Some(sum.saturating_add(limit(hook)?))
         })
+}
+
+fn of_create(spec: &Spec) -> &[Hook] {
+    let hooks = spec.hooks().as_ref();
+    let list = hooks.and_then(|hooks| hooks.create_container().as_deref());
+    list.unwrap_or_default()
 }
 
 fn limit(hook: &Hook) -> Option<Duration> {

@@ -77,8 +77,10 @@ impl Shared {
             self.start_in_guest(&container, exec_id).await
         };
         if let Err(error) = started.await {
-            // It may have started all the same, or still do so.
-            kill_half_started(&container, exec_id).await;
+            // It may have started all the same, or still do so. Without an agent it is gone with the machine.
+            if let Ok(agent) = container.pod.agent() {
+                sigkill(agent, &container.id, exec_id).await;
+            }
             // As if never started, so no event; but who waits gets an answer, and who reads its end.
             process.set_told();
             process.stop(killed(NOT_STARTED));
@@ -485,30 +487,23 @@ fn must_end(container: &Arc<Container>, process: &Arc<Process>) {
     });
 }
 
-/// Kills every process of a container in the guest and waits for the end of its init; false if the guest does not know it.
-pub async fn kill_in_guest(agent: &AgentClient, container: &str, patience: Duration) -> bool {
+/// Sends SIGKILL to every process of a container, or to one exec; false if the guest does not know it.
+async fn sigkill(agent: &AgentClient, container: &str, exec_id: &str) -> bool {
     let mut request = agent::SignalRequest::new();
     request.container = container.into();
+    request.exec_id = exec_id.into();
     request.signal = libc::SIGKILL.unsigned_abs();
-    request.all = true;
-    let signalled = agent.signal(deadline(CALL), &request).await.is_ok();
+    request.all = exec_id.is_empty();
+    agent.signal(deadline(CALL), &request).await.is_ok()
+}
+
+/// Kills every process of a container in the guest and waits for the end of its init; false if the guest does not know it.
+pub async fn kill_in_guest(agent: &AgentClient, container: &str, patience: Duration) -> bool {
+    let signalled = sigkill(agent, container, "").await;
     let _ = agent
         .wait(deadline(patience), &process_request(container, ""))
         .await;
     signalled
-}
-
-/// A start that failed, perhaps for want of an answer alone.
-async fn kill_half_started(container: &Container, exec_id: &str) {
-    let Ok(agent) = container.pod.agent() else {
-        return; // Gone with the machine.
-    };
-    let mut request = agent::SignalRequest::new();
-    request.container.clone_from(&container.id);
-    request.exec_id = exec_id.into();
-    request.signal = libc::SIGKILL.unsigned_abs();
-    request.all = exec_id.is_empty();
-    let _ = agent.signal(deadline(CALL), &request).await;
 }
 
 /// What the guest does not free is its own loss: no guest keeps the host from removing a container that has ended.

@@ -1,8 +1,8 @@
 //! QEMU as a software CPU: runs the guest where there is no usable KVM, on our own devices.
 //!
 //! `qemu-system-x86_64 -M microvm -accel tcg` gets our devices over vhost-user ([`vhost_user`]), one socketpair
-//! each (networks a listening socket, since they come and go), and guest memory is a memfd that it shares with us. It is no wall: a guest that breaks the emulator has this
-//! process's rights. Called by the machine's builder when the configuration names the engine.
+//! each (networks a listening socket, since they come and go), and guest memory is a memfd that it shares with us. It
+//! is no wall: a guest that breaks the emulator has this process's rights. Called by the machine's builder when the configuration names the engine.
 //!
 //! The emulator is a child that dies with us (PR_SET_PDEATHSIG), whatever ends us. That signal follows the thread that
 //! made the child: the process's first, which is there to the end. It is made before the jail is entered ([`Emulator::spawn`]) and

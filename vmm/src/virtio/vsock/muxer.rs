@@ -450,20 +450,28 @@ fn interest(writable: bool) -> EventSet {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::OwnedFd;
+
     use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, recv, socketpair};
 
     use super::super::packet::SHUTDOWN_BOTH;
     use super::*;
 
-    #[test]
-    fn connections_that_come_and_go_have_a_rate() {
+    /// One whose guest reaches port 7, the host's end of its uplink, and the folder of its socket.
+    fn muxer() -> (Muxer, OwnedFd, tempfile::TempDir) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("vsock.sock");
         let flags = SocketFlags::CLOEXEC;
         let (ours, host) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
         let uplink = Uplink::new(vec![7], Some(ours));
-        let mut muxer = Muxer::new(3, &path, uplink, Box::new(|| ())).unwrap();
+        let muxer = Muxer::new(3, &path, uplink, Box::new(|| ())).unwrap();
+        (muxer, host, folder)
+    }
+
+    #[test]
+    fn connections_that_come_and_go_have_a_rate() {
+        let (mut muxer, host, _folder) = muxer();
         let start = Instant::now();
         let mut tried = 0;
         let mut reached = |muxer: &mut Muxer| {
@@ -504,13 +512,7 @@ mod tests {
 
     #[test]
     fn connections_that_end_before_the_guest_takes_a_packet_leave_nothing_waiting() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("vsock.sock");
-        let flags = SocketFlags::CLOEXEC;
-        let (ours, _host) =
-            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
-        let uplink = Uplink::new(vec![7], Some(ours));
-        let mut muxer = Muxer::new(3, &path, uplink, Box::new(|| ())).unwrap();
+        let (mut muxer, _host, _folder) = muxer();
         for guest in 0..100 {
             let ports = Ports { guest, host: 7 };
             for operation in [Operation::Request, Operation::Reset] {

@@ -112,11 +112,9 @@ fn a_frame_of_the_largest_size_passes_with_its_segments_still_to_be_cut() {
 #[test]
 fn a_guest_without_receive_buffers_costs_no_work_and_still_sends() {
     let id = "idle-receive";
-    let mut rig = Rig::named(id, feature::MRG_RXBUF);
-    let Some(taps) = tap(1) else {
+    let Some(mut rig) = Rig::start_named(id, feature::MRG_RXBUF, Rate::default()) else {
         return;
     };
-    rig.slot.attach(attachment(taps, Rate::default())).unwrap();
     // The host learns the guest's address, then has more for it than the tap's queue holds.
     rig.send(0, &arp(2, GUEST));
     rig.send(1, &arp(1, GUEST));
@@ -135,11 +133,9 @@ fn a_guest_without_receive_buffers_costs_no_work_and_still_sends() {
 #[test]
 fn buffers_too_small_for_a_frame_cost_no_work_until_more_come() {
     let id = "small-buffers";
-    let mut rig = Rig::named(id, feature::MRG_RXBUF);
-    let Some(taps) = tap(1) else {
+    let Some(mut rig) = Rig::start_named(id, feature::MRG_RXBUF, Rate::default()) else {
         return;
     };
-    rig.slot.attach(attachment(taps, Rate::default())).unwrap();
     rig.offer_buffers(4, 2048);
     assert!(rig.is_answered(0));
     // A device without its driver's buffers but for a few, of 100 bytes each.
@@ -178,15 +174,13 @@ fn resets_without_end_leave_the_hosts_network_alone_in_between() {
 #[test]
 fn a_guest_over_its_rate_costs_no_work() {
     let id = "idle-rate";
-    let mut rig = Rig::named(id, 0);
-    let Some(taps) = tap(1) else {
-        return;
-    };
     let rate = Rate {
         frames: 10,
         ..Rate::default()
     };
-    rig.slot.attach(attachment(taps, rate)).unwrap();
+    let Some(mut rig) = Rig::start_named(id, 0, rate) else {
+        return;
+    };
     for head in 0..200 {
         rig.send(head, &arp(2, GUEST));
     }
@@ -196,11 +190,9 @@ fn a_guest_over_its_rate_costs_no_work() {
 #[test]
 fn a_tap_that_is_deleted_under_the_device_costs_no_work_and_can_be_replaced() {
     let id = "deleted-tap";
-    let mut rig = Rig::named(id, feature::MRG_RXBUF);
-    let Some(taps) = tap(1) else {
+    let Some(mut rig) = Rig::start_named(id, feature::MRG_RXBUF, Rate::default()) else {
         return;
     };
-    rig.slot.attach(attachment(taps, Rate::default())).unwrap();
     let mut delete = std::process::Command::new("ip");
     match delete.args(["link", "delete", "tap0"]).status() {
         Ok(status) => assert!(status.success()),

@@ -130,8 +130,13 @@ impl Rig {
 
     /// With a tap in it; `None` where the test lacks the right to make one.
     pub fn start(features: u64, rate: Rate) -> Option<Self> {
+        Self::start_named("n0", features, rate)
+    }
+
+    /// The same; the threads have the slot's name.
+    pub fn start_named(id: &str, features: u64, rate: Rate) -> Option<Self> {
         let taps = tap(1)?;
-        let rig = Self::empty(features);
+        let rig = Self::named(id, features);
         rig.slot.attach(attachment(taps, rate)).unwrap();
         Some(rig)
     }
